@@ -1,0 +1,36 @@
+"""slr: language models as sparse + low rank, W ≈ S + B A.
+
+One matrix: :func:`prune`, :func:`refine`, :func:`svd_repair`.  One layer: :class:`SLRLinear`.
+One model: :func:`compress`, :func:`load`, :func:`perplexity`.  The book in this repository
+derives and measures all of it.
+
+``import slr`` loads torch only; transformers is imported when a model is first touched.
+"""
+
+from slr import data, patterns, tiny
+from slr.checkpoint import load
+from slr.compress import LayerReport, Recipe, compress, compress_model
+from slr.evaluate import perplexity
+from slr.linear import SLRLinear
+from slr.prune import Pruned, prune
+from slr.refine import Refined, refine, svd_repair
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerReport",
+    "Pruned",
+    "Recipe",
+    "Refined",
+    "SLRLinear",
+    "compress",
+    "compress_model",
+    "data",
+    "load",
+    "patterns",
+    "perplexity",
+    "prune",
+    "refine",
+    "svd_repair",
+    "tiny",
+]

@@ -40,7 +40,7 @@ def held_out(name: str) -> bool:
     Args:
         name: document name, as in :func:`documents`.
 
-    >>> held_out("topics/lambda"), held_out("topics/if")
+    >>> held_out("topics/lambda"), held_out("topics/truth")
     (False, True)
     """
     return _bucket(name) == 0

@@ -1,0 +1,69 @@
+# make book   set up, run every chapter, render the book        make test   all checks
+# make serve  open the built book on localhost                   make clean  remove what was built
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+PORT ?= 8000
+export PYTHONDONTWRITEBYTECODE := 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup book test lint format notebooks serve clean repo
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 12
+
+setup: .venv/.ready  ## make .venv and install everything into it
+
+# The pins need Python 3.11 or newer; on 3.10 the ranges of pyproject.toml decide.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "slr needs Python 3.10 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	pins=$$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
+	$(BIN)/python -m pip install --quiet $$pins "$$(grep '^torch==' constraints.txt)" && \
+	$(BIN)/python -m pip install --quiet $$pins -e '.[all]'
+	touch $@
+
+book: .venv/.ready  ## run every chapter and render the book into _build/html
+	$(BIN)/jupyter-book build --all -W --keep-going .
+	@test -f _build/html/index.html
+	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
+
+test: .venv/.ready lint  ## lint, unit tests, doctests and notebooks
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --nbval --nbval-current-env \
+	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=300 notebooks
+
+lint: .venv/.ready  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: .venv/.ready  ## run every chapter and store its outputs in the notebook
+	for chapter in notebooks/*.ipynb; do \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace "$$chapter"; done
+
+serve:  ## open the built book on localhost (PORT=8000)
+	@test -f _build/html/index.html || { echo "no book yet: run 'make book' first"; exit 2; }
+	@echo "http://localhost:$(PORT)/"
+	@$(PYTHON) -m http.server --bind localhost --directory _build/html $(PORT)
+
+clean:  ## remove everything that was built (keeps .venv)
+	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find slr tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One place names the repository: [project.urls] in pyproject.toml.
+repo:  ## set the repository's address everywhere: make repo URL=https://github.com/you/slr
+	@new=$$(sed -nE 's|^https://github\.com/([A-Za-z0-9._-]+/[A-Za-z0-9._-]+)/?$$|\1|p' <<<"$(URL)"); \
+	new=$${new%.git}; \
+	test -n "$$new" || { echo "URL is '$(URL)'; it must look like https://github.com/you/slr"; exit 2; }; \
+	old=$$(sed -nE 's|^Repository = "https://github\.com/(.*)"$$|\1|p' pyproject.toml); \
+	git grep -lF "$$old" | xargs sed -i "s|$$old|$$new|g"; \
+	echo "$$old -> $$new"

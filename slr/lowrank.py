@@ -1,0 +1,96 @@
+"""The best rank-k approximation of a matrix: exactly, or by one step of subspace iteration.
+
+Eckart and Young: among all matrices of rank k, U_k Σ_k V_kᵀ from the singular value
+decomposition is nearest to L in Frobenius norm, at distance √(Σ_{i>k} σ_i²).
+
+:func:`truncated_svd` computes it.  :func:`ritz` improves a guess V of the leading right
+singular vectors by one block power step; when L changes little from call to call, as in
+refinement, that is all it takes.  Book: chapter 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slr.checks import check_matrix, check_rank
+
+__all__ = ["LowRank", "ritz", "truncated_svd"]
+
+
+class LowRank(NamedTuple):
+    """Leading singular triplets: `U` (m, r), `s` (r,) descending, `V` (n, r)."""
+
+    U: Tensor
+    s: Tensor
+    V: Tensor
+
+    def truncate(self, rank: int) -> LowRank:
+        """The first `rank` triplets."""
+        return LowRank(self.U[:, :rank], self.s[:rank], self.V[:, :rank])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B = U Σ (m, r) and A = Vᵀ (r, n), so that B A is the approximation."""
+        return self.U * self.s, self.V.T
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
+    """The best rank-`rank` approximation, from a full SVD.
+
+    Args:
+        matrix: (m, n), finite; computed in its own dtype, float32 at least.
+        rank: from 1 to min(m, n).
+
+    Cost: O(m n min(m, n)).  Source: Eckart and Young 1936.
+
+    >>> L = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+    >>> print(L.s)
+    tensor([3., 2.])
+    """
+    check_matrix("matrix", matrix)
+    check_rank(rank, matrix.shape)
+    work = matrix if matrix.dtype == torch.float64 else matrix.float()
+    U, s, Vh = torch.linalg.svd(work, full_matrices=False)
+    return LowRank(U, s, Vh.T).truncate(rank)
+
+
+def ritz(Y: Tensor, Z: Tensor) -> LowRank:
+    """Singular triplets of L within the range of Y, from Y = L V and Z = Lᵀ Y.
+
+    With Q an orthonormal basis of range(Y), these are the triplets of Q Qᵀ L, the part of L
+    that one block power step has found.  Neither L nor Q is needed: with
+    YᵀY = E diag(d) Eᵀ, Q = Y E d^(-1/2) and Lᵀ Q = Z E d^(-1/2).
+
+    Args:
+        Y: (m, q) = L V.
+        Z: (n, q) = Lᵀ Y.
+
+    Returns:
+        q triplets, or fewer when Y has lower rank; U and V orthonormal to about 1e-6.
+
+    Cost: O((m + n) q²); q×q work in float64, where squaring the condition number is harmless.
+    Source: Rayleigh-Ritz for singular triplets; Halko, Martinsson and Tropp 2011, section 5.
+
+    >>> L = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> Y = L @ torch.eye(3)[:, :2]
+    >>> print(ritz(Y, L.T @ Y).s)
+    tensor([3., 2.])
+    """
+    eps = torch.finfo(Y.dtype).eps
+    # V came from the last step, so the columns of Y are nearly orthogonal but of very different
+    # length: at unit length their Gram matrix is well conditioned.
+    length = Y.norm(dim=0).double()
+    length = torch.where(length > 0, length, 1.0)
+    gram = (Y.T @ Y).double() / torch.outer(length, length)
+    d, E = torch.linalg.eigh(gram)
+    good = d > 10 * eps * len(d)
+    white = E[:, good] / d[good].sqrt() / length[:, None]  # Y @ white is orthonormal
+    squares, F = torch.linalg.eigh(white.T @ (Z.T @ Z).double() @ white)
+    s = squares.flip(0).clamp_min(0).sqrt()
+    keep = s > 10 * eps * s[:1]
+    rotation = (white @ F.flip(1))[:, keep]
+    U = Y @ rotation.to(Y.dtype)
+    V = Z @ (rotation / s[keep]).to(Y.dtype)
+    return LowRank(U, s[keep].to(Y.dtype), V)

@@ -1,0 +1,135 @@
+"""House figures: one style, one colour for each thing, wherever it appears.
+
+W is black, S blue, the low-rank part vermilion, S + low rank green; line styles differ too, so
+that a figure reads without colour.  Needs matplotlib (the ``book`` extra).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["COLORS", "curves", "grouped_bars", "use_style"]
+
+# Okabe and Ito 2008, by meaning.
+COLORS = {
+    "dense": "#000000",
+    "sparse": "#0072B2",
+    "low rank": "#D55E00",
+    "refined": "#009E73",
+    "svd": "#CC79A7",
+    "other": "#E69F00",
+}
+STYLES = {
+    "dense": "-",
+    "sparse": "--",
+    "low rank": "-.",
+    "refined": "-",
+    "svd": "-.",
+    "other": ":",
+}
+HATCHES = {"sparse": "//", "svd": "..", "refined": ""}
+
+
+def use_style() -> None:
+    """Set the house style for every figure that follows; SVG inside a notebook."""
+    import matplotlib as mpl
+
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (6.2, 3.5),
+            "figure.constrained_layout.use": True,
+            "savefig.bbox": "tight",
+            "svg.fonttype": "path",
+            "svg.hashsalt": "slr",  # the same figure gives the same file
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 4.5,
+            "legend.frameon": False,
+        }
+    )
+    try:
+        from IPython.core.getipython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def curves(
+    series: Mapping[str, tuple[str, Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: str = "",
+    marker: str = "o",
+) -> Axes:
+    """Lines of one figure.
+
+    Args:
+        series: label -> (kind, x, y), `kind` a key of :data:`COLORS`.
+        xlabel: with its unit.
+        ylabel: with its unit.
+        log: which axes are logarithmic, ``""``, ``"x"``, ``"y"`` or ``"xy"``.
+        marker: of the points, ``""`` for none.
+    """
+    from matplotlib import pyplot as plt
+
+    _, axes = plt.subplots()
+    for label, (kind, x, y) in series.items():
+        axes.plot(x, y, STYLES[kind], color=COLORS[kind], marker=marker, label=label)
+    if "x" in log:
+        axes.set_xscale("log")
+    if "y" in log:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    return axes
+
+
+def grouped_bars(
+    rows: Mapping[str, Mapping[str, float]],
+    kinds: Mapping[str, str],
+    *,
+    ylabel: str,
+    line: tuple[str, float] | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """A group of bars for each row, with its value above each bar.
+
+    Args:
+        rows: group label -> {bar label: value}.
+        kinds: bar label -> a key of :data:`COLORS`.
+        ylabel: with its unit.
+        line: a horizontal reference line, (label, value).
+        axes: where to draw; a new figure by default.
+    """
+    from matplotlib import pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots()
+    width = 0.8 / len(kinds)
+    for j, (label, kind) in enumerate(kinds.items()):
+        at = [i + (j - (len(kinds) - 1) / 2) * width for i in range(len(rows))]
+        values = [row[label] for row in rows.values()]
+        bars = axes.bar(
+            at, values, width * 0.92, label=label, color=COLORS[kind],
+            hatch=HATCHES.get(kind, ""), edgecolor="white", linewidth=0,
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+    if line is not None:
+        axes.axhline(line[1], color=COLORS["dense"], linewidth=1.2, label=line[0])
+    axes.set_xticks(range(len(rows)), list(rows))
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="x", visible=False)
+    axes.legend(fontsize=8, ncols=2)
+    return axes

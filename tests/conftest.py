@@ -1,0 +1,43 @@
+"""A small random LLaMA as a checkpoint folder, and the embedded model, for the tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+
+import pytest
+import torch
+
+import slr
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Folder of a random two-block LLaMA, with biases, and the embedded tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        attention_bias=True, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("small")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in slr.tiny.path().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text():
+    """A few thousand characters of the validation corpus."""
+    return slr.data.corpus("validation")[:20_000]

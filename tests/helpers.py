@@ -1,0 +1,41 @@
+"""Oracles: papers transcribed literally, slow and plain, and random problems to try them on."""
+
+import torch
+from torch import Tensor
+
+
+def algorithm_1(W: Tensor, P: Tensor, k: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Targeted Low-rank Refinement, Algorithm 1, line by line, with full SVDs.
+
+    Returns S_T and the factors B = U_k Σ_k, A = V_kᵀ of the rank-k truncation of L_T.
+    """
+    S = W * P
+    for t in range(T):
+        L = W - S
+        U, sigma, Vh = torch.linalg.svd(L, full_matrices=False)
+        r = 1 + (k - 1) * t // (T - 1) if T > 1 else k
+        S = S + P * (U[:, r:] @ torch.diag(sigma[r:]) @ Vh[r:])
+    L = W - S
+    U, sigma, Vh = torch.linalg.svd(L, full_matrices=False)
+    return S, U[:, :k] * sigma[:k], Vh[:k]
+
+
+def select_slowly(scores: Tensor, n: int, m: int) -> Tensor:
+    """n kept of every m, one group at a time with sorted(); of equals the later one stays."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for i in range(scores.shape[0]):
+        for start in range(0, scores.shape[1], m):
+            group = sorted(range(start, start + m), key=lambda j: (float(scores[i, j]), j))
+            mask[i, group[m - n :]] = True
+    return mask
+
+
+def realistic(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A matrix with decaying spectrum and heavy-tailed entries, like a trained weight."""
+    g = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    U = torch.linalg.qr(torch.randn(m, k, generator=g))[0]
+    V = torch.linalg.qr(torch.randn(n, k, generator=g))[0]
+    smooth = (U * torch.arange(1, k + 1) ** -0.6) @ V.T
+    noise = torch.randn(m, n, generator=g) * torch.randn(m, n, generator=g).abs()
+    return (smooth + 0.3 * smooth.std() * noise).to(dtype)

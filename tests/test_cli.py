@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import slr
+from slr.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_compress_then_eval_prints_three_perplexities(small, tmp_path):
+    out = tmp_path / "x"
+    done = run("compress", small, "--out", out, "--prune", "magnitude", "--iterations", 4)
+    assert done.exit_code == 0, done.output
+    assert "mean relative error, result" in done.stdout
+    assert "layer/s" in done.stderr  # the progress bar
+    done = run("eval", out, "--limit", 3, "--seqlen", 32)
+    assert done.exit_code == 0, done.output
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["dense", "pruned", "refined"]
+
+
+def test_wanda_and_json(small, tmp_path):
+    out = tmp_path / "x"
+    options = ["--samples", 4, "--seqlen", 32, "--iterations", 2, "--json"]
+    done = run("compress", small, "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert figures["error"] < figures["pruned_error"] < 1
+    assert figures["compressed_MB"] < figures["dense_MB"]
+    done = run("eval", out, "--limit", 2, "--seqlen", 32, "--json", "--no-compare")
+    assert set(json.loads(done.stdout)["perplexity"]) == {"refined"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compress", "tiny", "--out", "X", "--prune", "best"], "prune 'best' is unknown"),
+        (["compress", "tiny", "--out", "X", "--pattern", "3:2"], "pattern 3:2"),
+        (["compress", "tiny", "--out", "X", "--rank", "0"], "rank is 0"),
+        (["compress", "tiny", "--out", "X", "--rank", "300", "--prune", "magnitude"], "rank 300"),
+        (["compress", "tiny", "--out", "X", "--group", "tree"], "group is 'tree'"),
+        (["compress", "tiny", "--out", "X", "--device", "tpu"], "device 'tpu'"),
+        (["compress", "tiny", "--out", "X", "--calibration", "nowhere"], "'nowhere'"),
+        (["compress", "no-such-folder", "--out", "X"], "neither 'tiny' nor a folder"),
+        (["compress", ".", "--out", "X"], "no config.json"),
+        (["compress", "tiny", "--out", "taken"], "exists already"),
+        (["eval", "tiny", "--text", "short.txt"], "fewer than one window"),
+        (["eval", "tiny", "--seqlen", "1"], "seqlen is 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_code_2(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    done = run(*arguments)
+    assert done.exit_code == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("slr: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert not (tmp_path / "X").exists()
+
+
+def test_a_failure_in_work_is_one_line_and_code_1(small, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("slr.checkpoint.save_file", full)
+    done = run(
+        "compress", small, "--out", tmp_path / "x", "--prune", "magnitude", "--iterations", 1
+    )
+    assert done.exit_code == 1
+    assert "slr: No space left on device" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_import_is_light():
+    code = "import sys, slr; sys.exit('transformers' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_embedded_model_is_a_normal_checkpoint():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(slr.tiny.path())
+    assert model.config.model_type == "llama"
+    assert str(model.dtype) == "torch.bfloat16"
+    assert model.config.hidden_size % 64 == model.config.intermediate_size % 64 == 0
+    tokenizer = AutoTokenizer.from_pretrained(slr.tiny.path())
+    sentence = "def f(x):\n    return x  # naïve\n"
+    assert tokenizer.decode(tokenizer(sentence)["input_ids"]) == sentence
+    size = sum(f.stat().st_size for f in slr.tiny.path().rglob("*") if f.is_file())
+    assert size <= 20e6

@@ -1,0 +1,216 @@
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import slr
+from slr import checkpoint
+from slr.calibrate import InputNorm
+from slr.compress import REPAIRS, compress_layer, pruned_source
+
+
+@pytest.fixture
+def model(small):
+    return slr.load(small, dtype=torch.float32)
+
+
+@pytest.fixture
+def windows(small, text):
+    return slr.data.windows(text, checkpoint.load_tokenizer(small), 32, limit=6)
+
+
+@pytest.mark.parametrize("prune", ["magnitude", "random", "wanda"])
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_every_linear_is_replaced_and_obeys_the_pattern(model, windows, prune, repair):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    recipe = slr.Recipe(prune=prune, pattern="2:4", refine=repair, iterations=5)
+    reports = slr.compress_model(model, recipe, windows)
+    assert len(reports) == 14
+    for report in reports:
+        layer = model.get_submodule(report.name)
+        assert isinstance(layer, slr.SLRLinear)
+        assert layer.pattern.verify(layer.mask)
+        assert layer.rank == report.rank == (0 if repair == "none" else 2)
+        W = before[report.name + ".weight"]
+        with torch.no_grad():
+            error = float((W - layer.dense()).norm() / W.norm())
+        assert report.error == pytest.approx(error, rel=1e-3)
+        assert report.error < report.pruned_error or repair == "none"
+    assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+
+
+def test_wanda_norms_come_from_the_compressed_blocks_before(small, windows):
+    model = slr.load(small, dtype=torch.float32)
+    recipe = slr.Recipe(prune="wanda", pattern="0.5", refine="none")
+    slr.compress_model(model, recipe, windows)
+
+    # By hand for a layer of the last block: prune the first block alone, then look at inputs.
+    partly = slr.load(small, dtype=torch.float32)
+    name = "model.layers.1.mlp.down_proj"
+    for path, layer in model.named_modules():
+        if isinstance(layer, slr.SLRLinear) and ".layers.0." in path:
+            partly.get_submodule(path).weight.data = layer.weight.data
+    norm = InputNorm(128)
+    partly.get_submodule(name).register_forward_pre_hook(lambda module, args: norm.update(args[0]))
+    with torch.no_grad():
+        partly(input_ids=windows)
+    mask = slr.prune(
+        partly.get_submodule(name).weight.data, "wanda", "0.5", activation_norm=norm.value()
+    ).mask
+    assert torch.equal(mask, model.get_submodule(name).mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_input_norm_does_not_overflow(dtype):
+    norm = InputNorm(2)
+    for _ in range(100):
+        norm.update(torch.full((4, 50, 2), 300.0, dtype=dtype))
+    assert norm.value().tolist() == pytest.approx([300 * 20000**0.5] * 2)
+
+
+def test_saved_and_loaded_bit_for_bit(small, tmp_path):
+    reports = slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", iterations=5))
+    again = slr.load(tmp_path / "a")
+    in_memory = slr.load(small)
+    slr.compress_model(in_memory, slr.Recipe(prune="magnitude", iterations=5))
+    ids = torch.randint(4096, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, in_memory(ids).logits)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+    notes = checkpoint.about(tmp_path / "a")
+    assert notes["recipe"]["rank"] == 2
+    assert [layer["name"] for layer in notes["layers"]] == [report.name for report in reports]
+    out = again.generate(ids[:1], max_new_tokens=3, do_sample=False)
+    assert out.shape == (1, 23)
+
+
+def test_files_are_as_small_as_they_should_be(small, tmp_path):
+    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", iterations=2))
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    m, n, k = 128, 64, 2
+    stored = sum(v.nbytes for key, v in tensors.items() if key.startswith(name))
+    assert stored == m * n // 2 * 2 + m * n // 8 + 2 * k * (m + n)
+
+
+def test_other_loaders_fail_loudly(small, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", iterations=2))
+    with pytest.raises(ValueError, match="slr"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+
+
+def test_pruned_source_is_the_model_without_repair(small, tmp_path, model):
+    recipe = slr.Recipe(prune="magnitude", pattern="0.5", iterations=3)
+    compressed = slr.load(small, dtype=torch.float32)
+    slr.compress_model(compressed, recipe)
+    dense = slr.load(small, dtype=torch.float32)
+    pruned_source(dense, compressed)
+    slr.compress_model(model, slr.Recipe(prune="magnitude", pattern="0.5", refine="none"))
+    ids = torch.randint(4096, (1, 9))
+    with torch.no_grad():
+        assert torch.allclose(dense(ids).logits, model(ids).logits, atol=1e-5)
+
+
+def test_mask_bits():
+    for shape in [(1, 1), (3, 5), (8, 8), (7, 9)]:
+        mask = torch.rand(shape) < 0.5
+        bits = checkpoint.pack_mask(mask)
+        assert len(bits) == -(-mask.numel() // 8)
+        assert torch.equal(checkpoint.unpack_mask(bits, shape), mask)
+
+
+def test_recipe_ranks():
+    assert slr.Recipe().resolved(256).rank == 8
+    assert slr.Recipe(rank_ratio=0.1).resolved(256).rank == 25
+    assert slr.Recipe(rank=3).resolved(256).rank == 3
+    assert slr.Recipe(refine="none", rank=3).resolved(256).rank is None
+    refined, mask = compress_layer(torch.randn(8, 8), slr.Recipe(prune="magnitude", rank=2))
+    assert refined.A.shape == (2, 8)
+    assert mask.sum() == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prune": "best"}, "prune 'best' is unknown"),
+        ({"refine": "more"}, "refine 'more' is unknown"),
+        ({"schedule": "now"}, "schedule 'now' is unknown"),
+        ({"pattern": "3:2"}, "3:2"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank_ratio": 1.5}, "rank_ratio is 1.5"),
+        ({"rank": 4, "rank_ratio": 0.5}, "both given"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"samples": 0}, "samples is 0"),
+    ],
+)
+def test_bad_recipes_are_named(options, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        slr.Recipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (slr.Recipe(prune="magnitude", rank=33), "rank 33 is above 32"),
+        (slr.Recipe(prune="magnitude", pattern="2:6"), "does not divide the inputs"),
+        (slr.Recipe(prune="wanda"), "needs calibration windows"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_changes_nothing(model, recipe, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        slr.compress_model(model, recipe)
+    assert not any(isinstance(m, slr.SLRLinear) for m in model.modules())
+
+
+def test_non_finite_weights_are_refused(small, tmp_path):
+    model = slr.load(small)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="1 non-finite"):
+        slr.compress_model(model, slr.Recipe(prune="magnitude", iterations=1))
+
+
+def test_not_compressed_twice(small, tmp_path):
+    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", refine="none"))
+    with pytest.raises(ValueError, match="compressed before"):
+        slr.compress(tmp_path / "a", tmp_path / "b", slr.Recipe(prune="magnitude"))
+    with pytest.raises(ValueError, match="exists already"):
+        slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_damaged_folders_are_named(small, tmp_path):
+    folder = tmp_path / "a"
+    slr.compress(small, folder, slr.Recipe(prune="magnitude", iterations=1))
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, notes = weights.read_bytes(), json.loads(config.read_text())
+
+    tensors = load_file(weights)
+    tensors.pop("model.layers.0.mlp.up_proj.bitmask")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"lacks the tensor .*up_proj\.bitmask"):
+        slr.load(folder)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        slr.load(folder)
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**notes, "slr": {**notes["slr"], "format": 99}}))
+    with pytest.raises(ValueError, match="format 99"):
+        slr.load(folder)
+    config.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        slr.load(folder)
+
+
+def test_a_failed_save_leaves_nothing(small, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("slr.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", iterations=1))
+    assert list(tmp_path.iterdir()) == []

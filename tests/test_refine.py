@@ -1,0 +1,192 @@
+import itertools
+import re
+
+import pytest
+import torch
+from helpers import algorithm_1, realistic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slr
+from slr.lowrank import ritz, truncated_svd
+from slr.refine import SCHEDULES, SOLVERS, ramp
+
+SHAPES = [(64, 64), (96, 48), (48, 96)]
+
+
+def error(weight, refined):
+    return float((weight.double() - refined.dense().double()).norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7"])
+def test_exact_is_the_literal_algorithm(shape, pattern):
+    W = realistic(*shape)
+    mask = slr.prune(W, "magnitude", pattern).mask
+    S, B, A = algorithm_1(W, mask, k=5, T=20)
+    ours = slr.refine(W, mask, 5, iterations=20, solver="exact")
+    assert (ours.sparse - S).norm() <= 1e-5 * S.norm()
+    assert (ours.B @ ours.A - B @ A).norm() <= 1e-5 * (B @ A).norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_fast_reaches_the_exact_error(shape, pattern, schedule):
+    W = realistic(*shape)
+    mask = slr.prune(W, "magnitude", pattern).mask
+    exact, fast = (slr.refine(W, mask, 4, solver=s, schedule=schedule) for s in ("exact", "fast"))
+    # Under momentum the two paths part slightly, and either may end lower.
+    assert error(W, fast) <= (1.001 if schedule == "paper" else 1.003) * error(W, exact)
+
+
+def test_by_hand():
+    # Only 5 is kept.  [x, 2; 1, 4] has rank one when 4 x = 2 · 1, so S = 5 - 1/2 loses nothing.
+    W = torch.tensor([[5.0, 2.0], [1.0, 4.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, False], [False, False]])
+    for solver in SOLVERS:
+        refined = slr.refine(W, mask, 1, iterations=200, solver=solver)
+        assert error(W, refined) < 1e-6
+        assert torch.allclose(refined.sparse, torch.tensor([[4.5, 0], [0, 0]]).double())
+
+
+def test_a_saddle_holds_the_iteration():
+    # Kept diagonal, [., 2; 3, .]: x y = 6 would be exact, but zeros are a fixed point.
+    W = torch.tensor([[10.0, 2.0], [3.0, 10.0]], dtype=torch.float64)
+    stuck = slr.refine(W, torch.eye(2).bool(), 1, iterations=200, solver="exact")
+    assert error(W, stuck) == pytest.approx(2.0)
+
+
+@given(
+    m=st.integers(2, 20),
+    groups=st.integers(1, 5),
+    seed=st.integers(0, 50),
+    solver=st.sampled_from(SOLVERS),
+    schedule=st.sampled_from(SCHEDULES),
+    kind=st.sampled_from(["full", "rank one", "zero rows", "constant", "zero"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+)
+@settings(max_examples=80, deadline=None)
+def test_invariants(m, groups, seed, solver, schedule, kind, dtype):
+    W = realistic(m, 4 * groups, seed)
+    if kind == "rank one":
+        W = W[:, :1] @ W[:1]
+    elif kind == "zero rows":
+        W[::2] = 0
+    elif kind in ("constant", "zero"):
+        W = torch.full_like(W, float(kind == "constant"))
+    W = W.to(dtype)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    rank = 1 + seed % min(W.shape)
+    before = W.clone()
+    refined = slr.refine(W, mask, rank, iterations=8, solver=solver, schedule=schedule)
+    again = slr.refine(W, mask, rank, iterations=8, solver=solver, schedule=schedule)
+    assert torch.equal(W, before)
+    assert not refined.sparse[~mask].any()
+    assert refined.B.shape == (m, rank)
+    assert refined.A.shape == (rank, 4 * groups)
+    assert refined.sparse.dtype == refined.B.dtype == refined.A.dtype == dtype
+    assert refined.dense().isfinite().all()
+    assert torch.equal(refined.dense(), again.dense())
+    assert len(refined.trace) == 9
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-5)
+    assert abs(refined.trace[-1].error - error(W, refined)) <= unit * float(W.double().norm())
+
+
+def test_error_falls_while_the_rank_is_constant():
+    W = realistic(48, 40, dtype=torch.float64)
+    mask = slr.prune(W, "magnitude", "0.5").mask
+    trace = slr.refine(W, mask, 3, iterations=100, solver="exact").trace
+    for before, after in itertools.pairwise(trace):
+        if before.rank == after.rank:
+            assert after.error <= before.error * (1 + 1e-12)
+
+
+def test_better_than_one_shot_and_accelerated_better_still():
+    W = realistic(96, 128)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    svd = error(W, slr.svd_repair(W, mask, 8))
+    paper = error(W, slr.refine(W, mask, 8))
+    fast = error(W, slr.refine(W, mask, 8, schedule="accelerated"))
+    assert fast <= paper < svd < float((W - W * mask).norm())
+
+
+def test_full_rank_is_exact():
+    W = realistic(12, 8)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    assert error(W, slr.refine(W, mask, 8)) < 1e-5
+
+
+def test_all_kept_and_all_pruned_are_defined():
+    W = realistic(12, 8)
+    everything = torch.ones_like(W, dtype=torch.bool)
+    assert error(W, slr.refine(W, everything, 2)) < 1e-5
+    nothing = slr.refine(W, ~everything, 2)
+    best = truncated_svd(W, 2).factors()
+    assert (nothing.dense() - best[0] @ best[1]).norm() < 1e-4
+
+
+def test_a_kept_zero_stays_kept():
+    W = realistic(16, 16)
+    W[0, 0] = 0
+    mask = torch.rand(16, 16) < 0.5
+    mask[0, 0] = True
+    assert slr.refine(W, mask, 2).sparse[0, 0] != 0
+
+
+def test_row_blocks_do_not_change_the_answer(monkeypatch):
+    import sys
+
+    W = realistic(40, 32)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    whole = slr.refine(W, mask, 4)
+    monkeypatch.setattr(sys.modules["slr.refine"], "BLOCK", 7 * 32)
+    blocks = slr.refine(W, mask, 4)
+    assert torch.allclose(whole.dense(), blocks.dense(), atol=1e-4)
+
+
+def test_ramp_is_the_papers():
+    for k in (1, 2, 7, 128):
+        for T in (2, 3, 50, 200):
+            ranks = ramp(k, T)
+            assert ranks == [1 + (k - 1) * t // (T - 1) for t in range(T)]
+            assert ranks[0] == 1
+            assert ranks[-1] == k
+    assert ramp(5, 1) == [5]
+
+
+def test_ritz_finds_what_the_subspace_holds():
+    L = realistic(30, 20, dtype=torch.float64)
+    V = torch.linalg.svd(L)[2].T[:, :6]
+    found = ritz(L @ V, L.T @ (L @ V))
+    exact = truncated_svd(L, 6)
+    assert torch.allclose(found.s, exact.s)
+    assert torch.allclose(found.U.T @ found.U, torch.eye(6).double(), atol=1e-10)
+    assert torch.allclose(*(B @ A for B, A in (found.factors(), exact.factors())))
+
+
+def test_ritz_drops_directions_that_are_not_there():
+    L = torch.outer(torch.arange(1.0, 9), torch.ones(5))
+    Y = L @ torch.randn(5, 3)
+    assert len(ritz(Y, L.T @ Y).s) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"rank": 0}, ValueError, "rank is 0; for a matrix of shape (12, 8)"),
+        ({"rank": 9}, ValueError, "from 1 to 8"),
+        ({"rank": 2.0}, TypeError, "2.0"),
+        ({"iterations": 0}, ValueError, "iterations is 0"),
+        ({"solver": "magic"}, ValueError, "'magic' is unknown"),
+        ({"schedule": "slow"}, ValueError, "'slow' is unknown"),
+        ({"mask": torch.ones(8, 12).bool()}, ValueError, "(8, 12)"),
+        ({"mask": torch.ones(12, 8)}, TypeError, "boolean"),
+        ({"weight": torch.full((12, 8), torch.nan)}, ValueError, "96 non-finite"),
+        ({"weight": torch.ones(12, 8).long()}, TypeError, "int64"),
+    ],
+)
+def test_bad_input_is_named(change, kind, says):
+    arguments = {"weight": realistic(12, 8), "mask": torch.ones(12, 8).bool(), "rank": 2} | change
+    with pytest.raises(kind, match=re.escape(says)):
+        slr.refine(**arguments)
