@@ -47,8 +47,7 @@ format: .venv/.ready  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 notebooks: .venv/.ready  ## run every chapter and store its outputs in the notebook
-	for chapter in notebooks/*.ipynb; do \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace "$$chapter"; done
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 serve:  ## open the built book on localhost (PORT=8000)
 	@test -f _build/html/index.html || { echo "no book yet: run 'make book' first"; exit 2; }

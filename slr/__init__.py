@@ -8,7 +8,7 @@ derives and measures all of it.
 """
 
 from slr import data, patterns, tiny
-from slr.checkpoint import load
+from slr.checkpoint import load, load_tokenizer
 from slr.compress import LayerReport, Recipe, compress, compress_model
 from slr.evaluate import perplexity
 from slr.linear import SLRLinear
@@ -27,6 +27,7 @@ __all__ = [
     "compress_model",
     "data",
     "load",
+    "load_tokenizer",
     "patterns",
     "perplexity",
     "prune",

@@ -10,7 +10,7 @@ Book: chapter 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -111,7 +111,7 @@ def first_inputs(model: PreTrainedModel, windows: Tensor, rows: int = 8) -> Bloc
 
 
 @contextmanager
-def observe(linears: dict[str, nn.Module]) -> Iterator[dict[str, InputNorm]]:
+def observe(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputNorm]]:
     """While open, collect an :class:`InputNorm` for each of the named linear layers."""
     norms = {name: InputNorm(linear.in_features) for name, linear in linears.items()}
 

@@ -93,23 +93,23 @@ def about(folder: Path) -> dict | None:
     return _config(folder).get("slr")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder.
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, dense or compressed.
+
+    Args:
+        model: ``"tiny"`` or a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no checkpoint, or it has no ``tokenizer.json``.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # The fast tokenizer is built from tokenizer.json alone; config.json may be of a type that
-    # transformers does not know.
+    folder = resolve(model)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"folder {folder} has no tokenizer.json")
-    if about(folder) is None:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    # transformers does not know the model type of a compressed folder's config.json.
+    kind = AutoTokenizer if about(folder) is None else PreTrainedTokenizerFast
+    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -135,17 +135,15 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel
     logging.disable_progress_bar()
     try:
         if notes is None:
-            loaded = AutoModelForCausalLM.from_pretrained(
+            return AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-            )
-        else:
-            loaded = _load_compressed(folder, notes, dtype)
+            ).eval()
+        return _load_compressed(folder, notes, dtype).eval()
     except SafetensorError as error:
         raise ValueError(f"folder {folder} has a damaged safetensors file: {error}") from None
     finally:
         if bars:
             logging.enable_progress_bar()
-    return loaded.eval()
 
 
 def _load_compressed(folder: Path, notes: dict, dtype: torch.dtype | None) -> PreTrainedModel:

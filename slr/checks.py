@@ -1,5 +1,7 @@
 """One clear error for each kind of bad input; nothing else."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def check_mask(mask: Tensor, weight: Tensor) -> None:
         raise ValueError(f"mask is on {mask.device} but weight on {weight.device}; move one")
 
 
-def check_rank(rank: int, shape: tuple[int, int]) -> None:
+def check_rank(rank: int, shape: Sequence[int]) -> None:
     """Raise unless ``1 <= rank <= min(shape)``.
 
     >>> check_rank(0, (8, 4))

@@ -216,9 +216,7 @@ def pruned_source(dense: PreTrainedModel, compressed: PreTrainedModel) -> None:
     """
     for name, layer in compressed.named_modules():
         if isinstance(layer, SLRLinear):
-            weight = dense.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(layer.mask)
+            dense.get_parameter(f"{name}.weight").mul_(layer.mask)
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -287,7 +285,8 @@ def compress(
     recipe = recipe or Recipe()
     source = checkpoint.resolve(model)
     checkpoint.check_free(out)
-    loaded = checkpoint.load(source).to(device)
+    loaded = checkpoint.load(source)
+    nn.Module.to(loaded, device)  # transformers' own `to` only guards quantised models
     recipe = recipe.resolved(loaded.config.hidden_size)
     windows = None
     if recipe.needs_data:
@@ -304,5 +303,6 @@ def compress(
         else {"text": calibration, "windows": windows.shape[0], "seqlen": windows.shape[1]},
         "layers": [report._asdict() for report in reports],
     }
-    checkpoint.save(loaded.to("cpu"), out, about=about, tokenizer_from=source)
+    nn.Module.to(loaded, "cpu")
+    checkpoint.save(loaded, out, about=about, tokenizer_from=source)
     return reports

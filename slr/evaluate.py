@@ -66,7 +66,7 @@ def perplexity(
         raise TypeError("text is a str, but only a folder has a tokenizer; use slr.data.windows")
     if text.ndim != 2 or text.shape[1] < 2:
         raise ValueError(f"windows have shape {tuple(text.shape)}; they must be (count, seqlen)")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     if int(text.max()) >= vocabulary:
         raise ValueError(
             f"the windows hold token {int(text.max())}, but the model has {vocabulary}; "

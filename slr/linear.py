@@ -67,6 +67,8 @@ class SLRLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("mask", mask, persistent=False)
 
+    mask: Tensor
+
     @classmethod
     def from_refined(
         cls,

@@ -66,6 +66,11 @@ class Refined(NamedTuple):
     A: Tensor
     trace: tuple[Step, ...]
 
+    @property
+    def error(self) -> float:
+        """‖W - S - B A‖_F, computed before rounding to the dtype of the factors."""
+        return self.trace[-1].error
+
     def dense(self) -> Tensor:
         """sparse + B A, (m, n)."""
         return self.sparse + self.B @ self.A
@@ -95,7 +100,7 @@ def svd_repair(weight: Tensor, mask: Tensor, rank: int) -> Refined:
     Cost: one SVD, O(m n min(m, n)).
 
     >>> W = torch.tensor([[4.0, 1.0], [2.0, 5.0]])
-    >>> svd_repair(W, W > 3, 1).trace[-1].error  # off-diagonal [[0, 1], [2, 0]] keeps its 2
+    >>> svd_repair(W, W > 3, 1).error  # off-diagonal [[0, 1], [2, 0]] keeps its 2
     1.0
     """
     work = _checked(weight, mask, rank)
@@ -146,7 +151,7 @@ def refine(
     >>> W = torch.randn(64, 48)
     >>> mask = W.abs() > 0.7
     >>> refined = refine(W, mask, rank=4)
-    >>> refined.trace[-1].error < svd_repair(W, mask, rank=4).trace[-1].error
+    >>> refined.error < svd_repair(W, mask, rank=4).error
     True
     """
     if solver not in SOLVERS:
@@ -158,6 +163,7 @@ def refine(
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it must be at least 1")
     work = _checked(weight, mask, rank)
+    leading: _FullSVD | _Subspace
     if solver == "fast":
         generator = generator or torch.Generator(work.device).manual_seed(0)
         width = min(rank + OVERSAMPLING, *work.shape)
@@ -168,9 +174,8 @@ def refine(
     paper = schedule == "paper"
     ranks = ramp(rank, iterations) if paper else [rank] * iterations
     steps: list[Step] = []
-    low = previous = None
     theta = 1.0
-    fill: tuple[Tensor, Tensor] | None = None
+    fill = previous = None
     for r in ranks:
         low, norm2 = leading(fill, r)
         steps.append(Step(r, _tail(norm2, low)))
@@ -188,7 +193,7 @@ def refine(
         previous = (B, A)
 
     for _ in range(WARMUP if solver == "fast" else 1):
-        low, norm2 = leading(fill, rank)
+        low, _ = leading(fill, rank)
     sparse = _sparse_part(work, mask, fill if paper else low.factors())
     return _finish(weight, work, sparse, low, steps)
 

@@ -18,7 +18,7 @@ def model(small):
 
 @pytest.fixture
 def windows(small, text):
-    return slr.data.windows(text, checkpoint.load_tokenizer(small), 32, limit=6)
+    return slr.data.windows(text, slr.load_tokenizer(small), 32, limit=6)
 
 
 @pytest.mark.parametrize("prune", ["magnitude", "random", "wanda"])

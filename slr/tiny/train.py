@@ -20,6 +20,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from slr import data
 
 END = "<|endoftext|>"
 LONGEST = 100_000  # characters: tables of test data must not crowd out text
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
     rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -71,7 +72,7 @@ def gather(files: list[Path]) -> tuple[list[tuple[list[str], int]], dict]:
         ([t for n, t in seen.items() if n in core], 2),
         ([t for n, t in seen.items() if n not in core], 1),
     ]
-    about = {
+    about: dict[str, Any] = {
         "python": platform.python_version(),
         "library documents": {"trained on": len(seen), "held out": len(everything) - len(seen)},
         "files": {},

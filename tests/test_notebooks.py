@@ -1,0 +1,123 @@
+"""What every chapter must have, read from the files: no chapter is run here (nbval does that)."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import slr
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARTS = [
+    "## The problem in symbols",
+    "## By hand",
+    "**Takeaway.**",
+    "## What breaks",
+    "## Summary",
+    "## Exercises",
+    "## Further reading",
+]
+FIGURE = re.compile(r"\b(curves|grouped_bars|plt\.\w+|imshow|heat_map)\(")
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
+def chapter(request):
+    return json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def sources(chapter, kind):
+    return ["".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == kind]
+
+
+def exercises(chapter):
+    """(stub cell, solution code) of each exercise, in order."""
+    cells = chapter["cells"]
+    for i, cell in enumerate(cells):
+        if "exercise" in cell["metadata"].get("tags", []):
+            answer = "".join(cells[i + 1]["source"])
+            code = re.search(r"<details>.*```python\n(.*?)```.*</details>", answer, re.S)
+            assert code, f"no solution after {''.join(cell['source'])[:60]!r}"
+            yield "".join(cell["source"]), code[1]
+
+
+def test_there_are_chapters():
+    assert len(CHAPTERS) >= 2
+
+
+def test_has_all_parts_in_order(chapter):
+    text = "\n".join(sources(chapter, "markdown"))
+    at = [text.find(part) for part in PARTS]
+    assert -1 not in at, PARTS[at.index(-1)]
+    assert [at[0], at[1], *at[3:]] == sorted([at[0], at[1], *at[3:]])
+    first = sources(chapter, "markdown")[0]
+    assert re.match(r"# \d+\. ", first)
+    for words in ("**", "?**", "you will be able to", "*Prerequisites:*", "*Time:*"):
+        assert words in first, words
+    bullets = text.split("## Summary")[1].split("##")[0].count("\n- ")
+    assert 1 <= bullets <= 5
+
+
+def test_was_executed_without_errors(chapter):
+    for cell in chapter["cells"]:
+        if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
+            start = "".join(cell["source"])[:60]
+            assert cell["execution_count"] is not None, f"never executed: {start!r}"
+            kinds = {output["output_type"] for output in cell["outputs"]}
+            assert "error" not in kinds, f"error in {start!r}"
+
+
+def test_cells_are_short_and_figures_described(chapter):
+    for cell in chapter["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        assert source.count("\n") < 30, f"long cell: {source[:60]!r}"
+        shown = any("image/" in kind for o in cell["outputs"] for kind in o.get("data", {}))
+        if shown or FIGURE.search(source):
+            notes = cell["metadata"].get("mystnb", {})
+            assert len(notes.get("image", {}).get("alt", "")) > 60, f"no alt text: {source[:60]!r}"
+            assert notes.get("figure", {}).get("caption"), f"no caption: {source[:60]!r}"
+
+
+def test_light_and_offline():
+    for path in CHAPTERS:
+        assert path.stat().st_size <= 500_000, path.name
+        raw = path.read_text(encoding="utf-8")
+        assert "tqdm.auto" not in raw
+        assert "application/javascript" not in raw
+
+
+def test_same_setup_cell_everywhere():
+    first = {sources(json.loads(p.read_text(encoding="utf-8")), "code")[0] for p in CHAPTERS}
+    assert len(first) == 1
+    for path in CHAPTERS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        setup = next(cell for cell in cells if cell["cell_type"] == "code")
+        assert setup["metadata"]["tags"] == ["remove-cell"]
+        assert "google.colab" in "".join(setup["source"])
+
+
+def test_solutions_pass_and_stubs_fail(chapter):
+    import math
+
+    found = list(exercises(chapter))
+    assert 3 <= len(found) <= 5
+    for stub, solution in found:
+        space = {"torch": torch, "slr": slr, "math": math}
+        exec(stub, space)
+        call = re.search(r"^# (check_\w+\(.*?\))", stub, re.M)[1]
+        with pytest.raises(Exception):  # noqa: B017, PT011 - the empty answer fails in any way
+            exec(call, space)
+        exec(solution, space)
+        torch.manual_seed(0)
+        exec(call, space)
+
+
+def test_no_typed_results():
+    """Prose states no perplexity of ours: those are computed in cells."""
+    for path in CHAPTERS:
+        text = "\n".join(sources(json.loads(path.read_text(encoding="utf-8")), "markdown"))
+        assert not re.search(r"perplexity (of|is|was) \d", text), path.name

@@ -1,0 +1,123 @@
+"""The files around the package agree with one another."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def pins():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name.lower().replace("_", "-"): Version(version) for name, version in pairs}
+
+
+def requirements(project):
+    extras = project["optional-dependencies"]
+    named = [d for extra, deps in extras.items() if extra != "all" for d in deps]
+    return [Requirement(text) for text in project["dependencies"] + named]
+
+
+def test_every_requirement_is_pinned_within_its_range(project, pins):
+    for requirement in requirements(project):
+        name = requirement.name.lower().replace("_", "-")
+        assert name in pins, f"constraints.txt lacks {name}"
+        assert requirement.specifier.contains(pins[name]), f"{requirement} against {pins[name]}"
+
+
+def test_torch_is_pinned_as_the_makefile_installs_it(pins):
+    assert str(pins["torch"]) == "2.13.0"
+
+
+def test_all_names_every_extra(project):
+    extras = project["optional-dependencies"]
+    listed = re.fullmatch(r"slr\[(.*)\]", extras["all"][0])[1].split(",")
+    assert sorted(listed) == sorted(set(extras) - {"all"})
+
+
+def test_environment_installs_the_same(project):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == ["-c constraints.txt", "-e .[all]"]
+    python = next(d for d in conda if d.startswith("python=")).split("=")[1]
+    assert Requirement(f"x{project['requires-python']}").specifier.contains(python)
+
+
+def test_one_repository_address(project):
+    address = project["urls"]["Repository"]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert config["repository"]["url"] == address
+    name = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)[1]
+    for path in [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/*.md"), ROOT / "README.md"]:
+        found = set(re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", path.read_text()))
+        assert found <= {name}, path.name
+
+
+def test_make_repo_sets_the_address_everywhere(tmp_path, project):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    old = project["urls"]["Repository"].removeprefix("https://github.com/")
+    names = ["pyproject.toml", "_config.yml", "README.md", "Makefile", "book/how-to-use.md"]
+    names += [f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    git("init", "-q")
+    git("add", "-A")
+    make = ["make", "-s", "repo", "URL=https://github.com/some-one/their.slr/"]
+    subprocess.run(make, cwd=tmp_path, check=True)
+    for name in names:
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert old not in text, name
+        assert name == "Makefile" or "some-one/their.slr" in text, name
+    bad = subprocess.run(
+        ["make", "-s", "repo", "URL=nonsense"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert bad.returncode
+    assert "must look like" in bad.stdout
+
+
+def test_every_page_of_the_contents_exists_and_every_chapter_is_in_it():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    pages = [toc["root"]] + [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    for page in pages:
+        assert (ROOT / f"{page}.md").is_file() or (ROOT / f"{page}.ipynb").is_file(), page
+    chapters = sorted(f"notebooks/{p.stem}" for p in ROOT.glob("notebooks/*.ipynb"))
+    assert [page for page in pages if page.startswith("notebooks/")] == chapters
+
+
+def test_public_names_are_documented():
+    import importlib
+    import inspect
+    import pkgutil
+
+    import slr
+
+    for info in pkgutil.walk_packages(slr.__path__, "slr."):
+        module = importlib.import_module(info.name)
+        assert module.__doc__, info.name
+        for name in getattr(module, "__all__", []):
+            thing = getattr(module, name)
+            if callable(thing) and not isinstance(thing, type(int | str)):
+                assert inspect.getdoc(thing), f"{info.name}.{name}"
