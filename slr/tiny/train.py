@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="more training text")
     parser.add_argument("--heldout", type=Path, nargs="*", default=[], help="evaluated at the end")
     parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--until", type=int, help="stop here, to go on with other --steps")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -197,7 +198,8 @@ def main() -> None:
     warmup, started, log = 100, time.time(), (args.out / "log.jsonl").open("a")
     per_epoch = len(epoch_windows(streams, seqlen, args.seed, 0)) // args.batch - 1
     loaded, pool = -1, np.empty(0)
-    for step in range(first, args.steps):
+    until = min(args.steps, args.until or args.steps)
+    for step in range(first, until):
         epoch, within = divmod(step, per_epoch)
         if epoch != loaded:
             loaded, pool = epoch, epoch_windows(streams, seqlen, args.seed, epoch)
@@ -212,15 +214,17 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 25 == 0 or step + 1 == args.steps:
+        if step % 25 == 0 or step + 1 == until:
             rate = (step + 1 - first) * ids.numel() / (time.time() - started)
             row = {"step": step, "loss": round(loss.item(), 4), "tokens_per_second": round(rate)}
             print(row, flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == until:
             save_state(state, model, optimizer, step + 1)
 
+    if until < args.steps:
+        return
     model.config.use_cache = True
     final = model.to(device="cpu", dtype=torch.bfloat16)
     final.save_pretrained(args.out / "model")
