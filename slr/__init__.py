@@ -12,12 +12,16 @@ from slr.checkpoint import load, load_tokenizer
 from slr.compress import LayerReport, Recipe, compress, compress_model
 from slr.evaluate import perplexity
 from slr.linear import SLRLinear
+from slr.metric import Diagonal, Gram, Identity
 from slr.prune import Pruned, prune
 from slr.refine import Refined, refine, svd_repair
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagonal",
+    "Gram",
+    "Identity",
     "LayerReport",
     "Pruned",
     "Recipe",

@@ -17,34 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from slr.statistics import GramStatistic, NormStatistic
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockInputs", "InputNorm", "decoder_blocks", "first_inputs", "observe"]
-
-
-class InputNorm:
-    """Running 2-norm of each input channel of one linear layer, ‖X[j]‖₂ over all tokens.
-
-    Sums of squares in float64, whatever the dtype of the activations.
-
-    >>> norm = InputNorm(2)
-    >>> norm.update(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
-    >>> print(norm.value())
-    tensor([5., 1.])
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.squares = torch.zeros(channels, dtype=torch.float64)
-
-    def update(self, x: Tensor) -> None:
-        """Add activations (…, channels)."""
-        squares = x.detach().float().flatten(0, -2).square().sum(0, dtype=torch.float64)
-        self.squares += squares.cpu()
-
-    def value(self) -> Tensor:
-        """‖X[j]‖₂, (channels,) float32."""
-        return self.squares.sqrt().float()
+__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "observe"]
 
 
 class BlockInputs:
@@ -111,16 +89,19 @@ def first_inputs(model: PreTrainedModel, windows: Tensor, rows: int = 8) -> Bloc
 
 
 @contextmanager
-def observe(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputNorm]]:
-    """While open, collect an :class:`InputNorm` for each of the named linear layers."""
-    norms = {name: InputNorm(linear.in_features) for name, linear in linears.items()}
+def observe(
+    linears: Mapping[str, nn.Linear], kind: type[NormStatistic] | type[GramStatistic]
+) -> Iterator[dict[str, NormStatistic | GramStatistic]]:
+    """While open, collect a statistic of the inputs of each of the named linear layers."""
+    device = next(iter(linears.values())).weight.device
+    found = {name: kind(linear.in_features, device) for name, linear in linears.items()}
 
-    def watch(norm: InputNorm):
-        return lambda module, args: norm.update(args[0])
+    def watch(statistic):
+        return lambda module, args: statistic.update(args[0])
 
-    handles = [lin.register_forward_pre_hook(watch(norms[n])) for n, lin in linears.items()]
+    handles = [lin.register_forward_pre_hook(watch(found[n])) for n, lin in linears.items()]
     try:
-        yield norms
+        yield found
     finally:
         for handle in handles:
             handle.remove()

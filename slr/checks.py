@@ -8,8 +8,8 @@ from torch import Tensor
 __all__ = ["check_finite", "check_mask", "check_matrix", "check_rank"]
 
 
-def check_matrix(name: str, value: Tensor) -> None:
-    """Raise unless `value` is a finite, non-empty, floating-point matrix.
+def check_matrix(name: str, value: Tensor, batch: bool = False) -> None:
+    """Raise unless `value` is a finite, non-empty, floating-point matrix, or a stack if `batch`.
 
     >>> import torch
     >>> check_matrix("weight", torch.zeros(3))
@@ -18,7 +18,7 @@ def check_matrix(name: str, value: Tensor) -> None:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
-    if value.ndim != 2 or value.numel() == 0:
+    if value.ndim not in (2, 3 if batch else 2) or value.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a matrix (out, in)")
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}; it must be floating point")

@@ -105,8 +105,8 @@ def compress(
     from slr import checkpoint
 
     source = checkpoint.resolve(model)
-    words = {"none": "no repair", "svd": "SVD repair", "weights": f"refinement ({schedule})"}
-    _say(f"{model} -> {out}: {prune} {recipe.pattern}, {words[refine]}, on {device}")
+    repair = {"none": "no repair", "svd": "SVD repair"}.get(refine, f"refined by {refine}")
+    _say(f"{model} -> {out}: {prune} {recipe.pattern}, {repair}, on {device}")
     started = time.perf_counter()
     layers = slr.compress(model, out, recipe, calibration=calibration, device=device, progress=True)
     seconds = time.perf_counter() - started
@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _name(repair: str) -> str:
-    return {"none": "pruned", "svd": "SVD repair", "weights": "refined"}[repair]
+    return {"none": "pruned", "svd": "SVD repair"}.get(repair, "refined")
 
 
 def main() -> None:

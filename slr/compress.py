@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from slr.calibrate import decoder_blocks, first_inputs, observe
 from slr.linear import SLRLinear
+from slr.metric import Diagonal, Gram, Metric
 from slr.patterns import parse
 from slr.prune import METHODS, prune
 from slr.refine import SCHEDULES, Refined, refine, svd_repair
+from slr.statistics import GramStatistic, NormStatistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +36,7 @@ __all__ = [
     "pruned_source",
 ]
 
-REPAIRS = ("weights", "svd", "none")
+REPAIRS = ("weights", "diagonal", "activations", "svd", "none")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Recipe:
         prune: pruning method, see :data:`slr.prune.METHODS`.
         pattern: ``"2:4"``, or a fraction to prune such as ``"0.5"``.
         group: ``"row"`` or ``"matrix"``, for a fraction.
-        refine: repair: ``"weights"`` (Algorithm 1), ``"svd"`` (one shot) or ``"none"``.
+        refine: repair: Algorithm 1 on the ``"weights"`` (the paper, data-free), on weights
+            scaled by activation norms (``"diagonal"``) or on the layer's outputs
+            (``"activations"``); ``"svd"``, one shot; or ``"none"``.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement.
@@ -101,9 +105,11 @@ class Recipe:
         return replace(self, rank=max(1, int(ratio * hidden_size)), rank_ratio=None)
 
     @property
-    def needs_data(self) -> bool:
-        """Whether calibration text is read at all."""
-        return self.prune == "wanda"
+    def statistic(self) -> type[NormStatistic] | type[GramStatistic] | None:
+        """What has to be known of each layer's inputs; ``None`` for a data-free recipe."""
+        if self.prune == "sparsegpt" or self.refine == "activations":
+            return GramStatistic
+        return NormStatistic if self.prune == "wanda" or self.refine == "diagonal" else None
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -126,26 +132,42 @@ class LayerReport(NamedTuple):
 
 
 def compress_layer(
-    weight: Tensor, recipe: Recipe, activation_norm: Tensor | None = None, seed: int = 0
+    weight: Tensor,
+    recipe: Recipe,
+    statistic: NormStatistic | GramStatistic | None = None,
+    seed: int = 0,
 ) -> tuple[Refined, Tensor]:
     """Prune and repair one matrix by a recipe (whose `rank` is definite).
+
+    Args:
+        weight: (m, n).
+        recipe: what to do.
+        statistic: of the layer's inputs, of the kind that ``recipe.statistic`` names.
+        seed: for a random mask and the solver's start.
 
     Returns:
         ``(refined, mask)``; without repair the factors have rank 0.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
     pattern = parse(recipe.pattern, recipe.group)
+    gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
+    norm = None if statistic is None else statistic.norm()
     mask, kept = prune(
-        weight, recipe.prune, pattern, activation_norm=activation_norm, generator=generator
+        weight, recipe.prune, pattern, activation_norm=norm, gram=gram, generator=generator
     )
     if recipe.refine == "none":
         (m, n), trace = weight.shape, ()
         return Refined(kept, weight.new_zeros(m, 0), weight.new_zeros(0, n), trace), mask
     assert recipe.rank is not None
     if recipe.refine == "svd":
-        return svd_repair(weight, mask, recipe.rank), mask
+        return svd_repair(weight, mask, recipe.rank, sparse=kept), mask
+    metric: Metric | None = None
+    if recipe.refine == "diagonal" and norm is not None:
+        metric = Diagonal(norm)
+    elif recipe.refine == "activations" and gram is not None:
+        metric = Gram(gram)
     refined = refine(
-        weight, mask, recipe.rank,
+        weight, mask, recipe.rank, metric=metric,
         iterations=recipe.iterations, schedule=recipe.schedule, generator=generator,
     )  # fmt: skip
     return refined, mask
@@ -176,24 +198,26 @@ def compress_model(
     """
     recipe = recipe.resolved(model.config.hidden_size)
     blocks = decoder_blocks(model)
-    if recipe.needs_data and windows is None:
-        raise ValueError(f"prune={recipe.prune!r} needs calibration windows")
+    if recipe.statistic is not None and windows is None:
+        raise ValueError(
+            f"prune={recipe.prune!r} with refine={recipe.refine!r} needs calibration windows"
+        )
     plan = [_linears(block) for block in blocks]
     _check_fit(plan, recipe)
-    inputs = first_inputs(model, windows) if recipe.needs_data and windows is not None else None
+    kind = None if windows is None else recipe.statistic
+    inputs = None if kind is None or windows is None else first_inputs(model, windows)
 
     reports: list[LayerReport] = []
     bar = tqdm(total=sum(map(len, plan)), desc="compress", unit="layer", disable=not progress)
     for index, (block, linears) in enumerate(zip(blocks, plan, strict=True)):
-        norms = {}
-        if inputs is not None:
-            with observe(linears) as collected:
+        found: dict = {}
+        if inputs is not None and kind is not None:
+            with observe(linears, kind) as found:
                 inputs.run(block, keep=False)
-            norms = {name: statistic.value() for name, statistic in collected.items()}
         for name, linear in linears.items():
             started = time.perf_counter()
             seed = recipe.seed + len(reports)
-            refined, mask = compress_layer(linear.weight.data, recipe, norms.get(name), seed)
+            refined, mask = compress_layer(linear.weight.data, recipe, found.get(name), seed)
             bias = None if linear.bias is None else linear.bias.data
             layer = SLRLinear.from_refined(
                 refined, bias, mask=mask, pattern=parse(recipe.pattern, recipe.group)
@@ -289,7 +313,7 @@ def compress(
     nn.Module.to(loaded, device)  # transformers' own `to` only guards quantised models
     recipe = recipe.resolved(loaded.config.hidden_size)
     windows = None
-    if recipe.needs_data:
+    if recipe.statistic is not None:
         text = data.load_text(calibration, "calibration")
         tokenizer = checkpoint.load_tokenizer(source)
         seqlen = recipe.seqlen or checkpoint.context(source)

@@ -21,7 +21,10 @@ __all__ = ["LowRank", "ritz", "truncated_svd"]
 
 
 class LowRank(NamedTuple):
-    """Leading singular triplets: `U` (m, r), `s` (r,) descending, `V` (n, r)."""
+    """Leading singular triplets: `U` (…, m, r), `s` (…, r) descending, `V` (…, n, r).
+
+    A triplet that the matrix does not have (its rank is lower) is zero.
+    """
 
     U: Tensor
     s: Tensor
@@ -29,18 +32,18 @@ class LowRank(NamedTuple):
 
     def truncate(self, rank: int) -> LowRank:
         """The first `rank` triplets."""
-        return LowRank(self.U[:, :rank], self.s[:rank], self.V[:, :rank])
+        return LowRank(self.U[..., :rank], self.s[..., :rank], self.V[..., :rank])
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B = U Σ (m, r) and A = Vᵀ (r, n), so that B A is the approximation."""
-        return self.U * self.s, self.V.T
+        """B = U Σ (…, m, r) and A = Vᵀ (…, r, n), so that B A is the approximation."""
+        return self.U * self.s.unsqueeze(-2), self.V.mT
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
     """The best rank-`rank` approximation, from a full SVD.
 
     Args:
-        matrix: (m, n), finite; computed in its own dtype, float32 at least.
+        matrix: (…, m, n), finite; computed in its own dtype, float32 at least.
         rank: from 1 to min(m, n).
 
     Cost: O(m n min(m, n)).  Source: Eckart and Young 1936.
@@ -49,11 +52,11 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
     >>> print(L.s)
     tensor([3., 2.])
     """
-    check_matrix("matrix", matrix)
-    check_rank(rank, matrix.shape)
+    check_matrix("matrix", matrix, batch=True)
+    check_rank(rank, matrix.shape[-2:])
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
     U, s, Vh = torch.linalg.svd(work, full_matrices=False)
-    return LowRank(U, s, Vh.T).truncate(rank)
+    return LowRank(U, s, Vh.mT).truncate(rank)
 
 
 def ritz(Y: Tensor, Z: Tensor) -> LowRank:
@@ -64,11 +67,11 @@ def ritz(Y: Tensor, Z: Tensor) -> LowRank:
     YᵀY = E diag(d) Eᵀ, Q = Y E d^(-1/2) and Lᵀ Q = Z E d^(-1/2).
 
     Args:
-        Y: (m, q) = L V.
-        Z: (n, q) = Lᵀ Y.
+        Y: (…, m, q) = L V.
+        Z: (…, n, q) = Lᵀ Y.
 
     Returns:
-        q triplets, or fewer when Y has lower rank; U and V orthonormal to about 1e-6.
+        q triplets, the last ones zero when Y has lower rank; U and V orthonormal to about 1e-6.
 
     Cost: O((m + n) q²); q×q work in float64, where squaring the condition number is harmless.
     Source: Rayleigh-Ritz for singular triplets; Halko, Martinsson and Tropp 2011, section 5.
@@ -78,19 +81,25 @@ def ritz(Y: Tensor, Z: Tensor) -> LowRank:
     >>> print(ritz(Y, L.T @ Y).s)
     tensor([3., 2.])
     """
-    eps = torch.finfo(Y.dtype).eps
+    floor = 10 * torch.finfo(Y.dtype).eps
     # V came from the last step, so the columns of Y are nearly orthogonal but of very different
     # length: at unit length their Gram matrix is well conditioned.
-    length = Y.norm(dim=0).double()
-    length = torch.where(length > 0, length, 1.0)
-    gram = (Y.T @ Y).double() / torch.outer(length, length)
-    d, E = torch.linalg.eigh(gram)
-    good = d > 10 * eps * len(d)
-    white = E[:, good] / d[good].sqrt() / length[:, None]  # Y @ white is orthonormal
-    squares, F = torch.linalg.eigh(white.T @ (Z.T @ Z).double() @ white)
-    s = squares.flip(0).clamp_min(0).sqrt()
-    keep = s > 10 * eps * s[:1]
-    rotation = (white @ F.flip(1))[:, keep]
+    gram = (Y.mT @ Y).double()
+    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = _inverse(length, length > 0)
+    d, E = torch.linalg.eigh(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    # Y @ white is orthonormal, but for zero columns where Y had none to give.
+    there = d > floor * d.shape[-1]
+    white = scale.unsqueeze(-1) * E * _inverse(d.clamp_min(0).sqrt(), there).unsqueeze(-2)
+    squares, F = torch.linalg.eigh(white.mT @ (Z.mT @ Z).double() @ white)
+    s = squares.flip(-1).clamp_min(0).sqrt()
+    kept = s > floor * s[..., :1]
+    rotation = (white @ F.flip(-1)) * kept.unsqueeze(-2)
     U = Y @ rotation.to(Y.dtype)
-    V = Z @ (rotation / s[keep]).to(Y.dtype)
-    return LowRank(U, s[keep].to(Y.dtype), V)
+    V = Z @ (rotation * _inverse(s, kept).unsqueeze(-2)).to(Y.dtype)
+    return LowRank(U, (s * kept).to(Y.dtype), V)
+
+
+def _inverse(values: Tensor, where: Tensor) -> Tensor:
+    """1 / values where told, else 0."""
+    return where / torch.where(where, values, 1.0)

@@ -39,3 +39,29 @@ def realistic(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32)
     smooth = (U * torch.arange(1, k + 1) ** -0.6) @ V.T
     noise = torch.randn(m, n, generator=g) * torch.randn(m, n, generator=g).abs()
     return (smooth + 0.3 * smooth.std() * noise).to(dtype)
+
+
+def sparsegpt_slowly(W: Tensor, H: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """SparseGPT for n of every m kept, one column at a time in float64, blocks left out.
+
+    Returns the mask and the updated weight.
+    """
+    W, H = W.double().clone(), H.double().clone()
+    H += 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    U = torch.linalg.cholesky(torch.linalg.inv(H)).T
+    mask = torch.ones_like(W, dtype=torch.bool)
+    for i in range(W.shape[1]):
+        if i % m == 0:
+            scores = W[:, i : i + m] ** 2 / U.diagonal()[i : i + m] ** 2
+            mask[:, i : i + m] = select_slowly(scores, n, m)
+        error = W[:, i] * ~mask[:, i] / U[i, i]
+        W[:, i:] -= torch.outer(error, U[i, i:])
+    return mask, W * mask
+
+
+def activations(tokens: int, n: int, seed: int = 0) -> Tensor:
+    """Correlated inputs (tokens, n), some channels loud."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g) / n**0.5 + torch.eye(n)
+    loud = torch.rand(n, generator=g).exp() ** 2
+    return torch.randn(tokens, n, generator=g) @ mix * loud

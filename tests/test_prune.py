@@ -11,7 +11,7 @@ W = realistic(16, 24)
 NORM = torch.rand(24) + 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "sparsegpt"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kept_weights_are_untouched(method, pattern, dtype):

@@ -140,7 +140,7 @@ def test_row_blocks_do_not_change_the_answer(monkeypatch):
     W = realistic(40, 32)
     mask = slr.prune(W, "magnitude", "2:4").mask
     whole = slr.refine(W, mask, 4)
-    monkeypatch.setattr(sys.modules["slr.refine"], "BLOCK", 7 * 32)
+    monkeypatch.setattr(sys.modules["slr.refine"], "BLOCK", {"cpu": 17 * 32})
     blocks = slr.refine(W, mask, 4)
     assert torch.allclose(whole.dense(), blocks.dense(), atol=1e-4)
 
@@ -168,7 +168,7 @@ def test_ritz_finds_what_the_subspace_holds():
 def test_ritz_drops_directions_that_are_not_there():
     L = torch.outer(torch.arange(1.0, 9), torch.ones(5))
     Y = L @ torch.randn(5, 3)
-    assert len(ritz(Y, L.T @ Y).s) == 1
+    assert int((ritz(Y, L.T @ Y).s > 0).sum()) == 1
 
 
 @pytest.mark.parametrize(

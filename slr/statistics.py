@@ -1,0 +1,116 @@
+"""What pruning and refinement need to know of a layer's inputs, summed over batches.
+
+Both statistics add up in float64 on the CPU or float32 on a GPU, whatever the dtype of the
+activations, and two of the same kind can be merged: by :meth:`merge` within a process, by
+:meth:`all_reduce` across processes.  Book: chapter 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["GramStatistic", "NormStatistic"]
+
+
+class _Statistic:
+    """A sum over tokens, and their number."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+        self.tokens = 0
+
+    def merge(self, other: _Statistic) -> None:
+        """Add what `other`, of the same kind and width, has seen.
+
+        Raises:
+            ValueError: another kind or width.
+        """
+        if type(other) is not type(self) or other.total.shape != self.total.shape:
+            raise ValueError(
+                f"cannot merge {type(other).__name__} of shape {tuple(other.total.shape)} "
+                f"into {type(self).__name__} of shape {tuple(self.total.shape)}"
+            )
+        self.total += other.total.to(self.total)
+        self.tokens += other.tokens
+
+    def all_reduce(self) -> None:
+        """Sum over all processes of the default torch.distributed group."""
+        count = torch.tensor(float(self.tokens), dtype=torch.float64, device=self.total.device)
+        torch.distributed.all_reduce(self.total)
+        torch.distributed.all_reduce(count)
+        self.tokens = int(count)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.total.shape[0]:
+            raise ValueError(f"activations are {x.shape[-1]} wide, not {self.total.shape[0]}")
+        rows = x.detach().reshape(-1, x.shape[-1])
+        self.tokens += rows.shape[0]
+        return rows.to(self.total.device, torch.float32)
+
+
+def _accumulator(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    dtype = torch.float64 if torch.device(device).type == "cpu" else torch.float32
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+class NormStatistic(_Statistic):
+    """2-norm of each input channel, ‖X[j]‖₂ over all tokens.
+
+    Args:
+        channels: n.
+        device: where to add up.
+
+    >>> norm = NormStatistic(2)
+    >>> norm.update(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+    >>> print(norm.norm())
+    tensor([5., 1.])
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(_accumulator((channels,), device))
+
+    def update(self, x: Tensor) -> None:
+        """Add activations (…, n).  Cost: 2 n FLOPs a token."""
+        self.total += self._rows(x).square().sum(0, dtype=self.total.dtype)
+
+    def norm(self) -> Tensor:
+        """‖X[j]‖₂, (n,) float32."""
+        return self.total.sqrt().float()
+
+
+class GramStatistic(_Statistic):
+    """H = X Xᵀ / tokens, the second moments of the inputs.
+
+    Args:
+        channels: n.
+        device: where to add up.
+
+    >>> gram = GramStatistic(2)
+    >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> print(gram.gram())
+    tensor([[5., 1.],
+            [1., 2.]])
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(_accumulator((channels, channels), device))
+
+    def update(self, x: Tensor) -> None:
+        """Add activations (…, n).  Cost: 2 n² FLOPs a token, in float32 within a batch."""
+        rows = self._rows(x)
+        self.total += (rows.T @ rows).to(self.total.dtype)
+
+    def gram(self) -> Tensor:
+        """H, (n, n) float32, symmetric.
+
+        Raises:
+            ValueError: nothing was added yet.
+        """
+        if not self.tokens:
+            raise ValueError("no activations were added")
+        return (self.total / self.tokens).float()
+
+    def norm(self) -> Tensor:
+        """‖X[j]‖₂, (n,) float32: what :class:`NormStatistic` gives."""
+        return self.total.diagonal().sqrt().float()
