@@ -30,8 +30,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slr import data
+from slr.evaluate import perplexity
 
 END = "<|endoftext|>"
+WARMUP = 100  # steps
 LONGEST = 100_000  # characters: tables of test data must not crowd out text
 SHAPE: dict[str, Any] = dict(
     vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
@@ -149,39 +151,41 @@ def load_state(file: Path, model, optimizer) -> int:
     return step
 
 
-def main() -> None:
-    """Parse arguments and train."""
-    parser = argparse.ArgumentParser(description="Train the embedded model.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="more training text")
-    parser.add_argument("--heldout", type=Path, nargs="*", default=[], help="evaluated at the end")
-    parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--until", type=int, help="stop here, to go on with other --steps")
-    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--save-every", type=int, default=300)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    seqlen = SHAPE["max_position_embeddings"]
-
-    sources, about = gather(args.text)
-    tokenizer = train_tokenizer(sources)
-    streams = encode(sources, tokenizer)
-    print("tokens by source:", [(len(flat), times) for flat, times in streams], flush=True)
-
-    torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, use_cache=False)).to(args.device)
-    with torch.no_grad():  # residual branches start small, as in GPT-2
+def initial_model(seed: int, device: str) -> LlamaForCausalLM:
+    """The untrained model; residual branches start small, as in GPT-2."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, use_cache=False))
+    torch.nn.Module.to(model, device)
+    with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.div_(math.sqrt(2 * SHAPE["num_hidden_layers"]))
+    return model
+
+
+def make_optimizer(model: LlamaForCausalLM, lr: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to 2%."""
+    done = max(0.0, (step - WARMUP) / max(1, steps - WARMUP))
+    return min((step + 1) / WARMUP, 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(streams, args: argparse.Namespace) -> tuple[LlamaForCausalLM, int]:
+    """Train from the last checkpoint in ``args.out``, or from nothing.
+
+    Returns:
+        The model and the number of steps in an epoch.
+    """
+    seqlen = SHAPE["max_position_embeddings"]
+    model = initial_model(args.seed, args.device)
+    optimizer = make_optimizer(model, args.lr)
     state, first = args.out / "state.safetensors", 0
     if state.is_file():
         first = load_state(state, model, optimizer)
@@ -195,7 +199,7 @@ def main() -> None:
         )
 
     mean_loss = torch.compile(loss_of) if args.compile else loss_of
-    warmup, started, log = 100, time.time(), (args.out / "log.jsonl").open("a")
+    started, log = time.time(), (args.out / "log.jsonl").open("a", encoding="utf-8")
     per_epoch = len(epoch_windows(streams, seqlen, args.seed, 0)) // args.batch - 1
     loaded, pool = -1, np.empty(0)
     until = min(args.steps, args.until or args.steps)
@@ -205,44 +209,83 @@ def main() -> None:
             loaded, pool = epoch, epoch_windows(streams, seqlen, args.seed, epoch)
         rows = pool[within * args.batch : (within + 1) * args.batch].astype(np.int64)
         ids = torch.from_numpy(rows).to(args.device)
-        done = max(0.0, (step - warmup) / max(1, args.steps - warmup))
-        scale = min((step + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * scale
+            group["lr"] = args.lr * schedule(step, args.steps)
         loss = mean_loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 25 == 0 or step + 1 == until:
+        last = step + 1 == until
+        if step % 25 == 0 or last:
             rate = (step + 1 - first) * ids.numel() / (time.time() - started)
             row = {"step": step, "loss": round(loss.item(), 4), "tokens_per_second": round(rate)}
             print(row, flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
-        if (step + 1) % args.save_every == 0 or step + 1 == until:
+        if (step + 1) % args.save_every == 0 or last:
             save_state(state, model, optimizer, step + 1)
+    log.close()
+    return model, per_epoch
 
-    if until < args.steps:
-        return
+
+def save_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> None:
+    """The checkpoint as it is shipped: bfloat16, with its tokenizer."""
     model.config.use_cache = True
-    final = model.to(device="cpu", dtype=torch.bfloat16)
-    final.save_pretrained(args.out / "model")
-    tokenizer.save_pretrained(args.out / "model")
-    reference = LlamaForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
-    from slr.evaluate import perplexity
+    torch.nn.Module.to(model, "cpu", torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
+
+def heldout_perplexities(folder: Path, tokenizer, files: list[Path]) -> dict[str, float]:
+    """Perplexity in float32 on the held-out library and on each file, 400 windows at most."""
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = {"library": data.corpus("validation")}
-    for file in args.heldout:
+    for file in files:
         texts[file.parent.name + "/" + file.name] = "\n\n".join(read_documents(file))
-    held = {
+    seqlen = SHAPE["max_position_embeddings"]
+    return {
         name: perplexity(reference, data.windows(text, tokenizer, seqlen, limit=400))
         for name, text in texts.items()
     }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train the embedded model.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="more training text")
+    parser.add_argument("--heldout", type=Path, nargs="*", default=[], help="evaluated at the end")
+    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--until", type=int, help="stop here, to go on with other --steps")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="at its peak")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
+    return parser
+
+
+def main() -> None:
+    """Train, save, evaluate."""
+    args = parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    sources, about = gather(args.text)
+    tokenizer = train_tokenizer(sources)
+    streams = encode(sources, tokenizer)
+    print("tokens by source:", [(len(flat), times) for flat, times in streams], flush=True)
+    model, per_epoch = train(streams, args)
+    if args.until and args.until < args.steps:
+        return
+    save_model(model, tokenizer, args.out / "model")
+    tokens = args.batch * SHAPE["max_position_embeddings"]
     about |= {
-        "tokens seen": args.steps * args.batch * seqlen,
-        "tokens in an epoch": per_epoch * args.batch * seqlen,
-        "held-out perplexity": held,
+        "tokens seen": args.steps * tokens,
+        "tokens in an epoch": per_epoch * tokens,
+        "held-out perplexity": heldout_perplexities(args.out / "model", tokenizer, args.heldout),
         "seed": args.seed,
         "steps": args.steps,
         "windows in a step": args.batch,
@@ -250,7 +293,7 @@ def main() -> None:
         "device": args.device,
         "torch": torch.__version__,
     }
-    (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(about, indent=1))
 
 
