@@ -145,6 +145,37 @@ def test_row_blocks_do_not_change_the_answer(monkeypatch):
     assert torch.allclose(whole.dense(), blocks.dense(), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    """In-dtype updates, as the authors' toolkit makes them, lose what float32 keeps."""
+    W = realistic(64, 96, dtype=dtype)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    exact = algorithm_1(W.double(), mask, 4, 50)
+    best = float((W.double() - exact[0] - exact[1] @ exact[2]).norm())
+
+    S = W * mask
+    for r in ramp(4, 50):
+        U, sigma, Vh = torch.linalg.svd((W - S).float(), full_matrices=False)
+        S = S + mask * (U[:, r:] * sigma[r:] @ Vh[r:]).to(dtype)
+    B, A = truncated_svd(W - S, 4).factors()
+    in_dtype = float((W.double() - S.double() - (B.to(dtype) @ A.to(dtype)).double()).norm())
+
+    ours = slr.refine(W, mask, 4)
+    assert ours.error == pytest.approx(best, rel=1e-3)
+    rounded = (W.double() - ours.sparse.double() - ours.B.double() @ ours.A.double()).norm()
+    assert float(rounded) < 1.002 * best  # rounding of the result, once
+    assert float(rounded) <= in_dtype
+
+
+def test_half_precision_does_not_overflow():
+    W = 3e4 * realistic(16, 32).to(torch.float16)  # squares are far above 65504
+    assert W.isfinite().all()
+    refined = slr.refine(W, slr.prune(W, "magnitude", "2:4").mask, 4)
+    small = slr.refine(W.double() / 3e4, slr.prune(W, "magnitude", "2:4").mask, 4)
+    assert refined.dense().isfinite().all()
+    assert refined.error / 3e4 == pytest.approx(small.error, rel=1e-2)
+
+
 def test_ramp_is_the_papers():
     for k in (1, 2, 7, 128):
         for T in (2, 3, 50, 200):
