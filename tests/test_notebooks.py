@@ -67,6 +67,8 @@ def test_was_executed_without_errors(chapter):
             assert cell["execution_count"] is not None, f"never executed: {start!r}"
             kinds = {output["output_type"] for output in cell["outputs"]}
             assert "error" not in kinds, f"error in {start!r}"
+            streams = {output.get("name") for output in cell["outputs"]}
+            assert "stderr" not in streams, f"writes to standard error: {start!r}"
 
 
 def test_cells_are_short_and_figures_described(chapter):
