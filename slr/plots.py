@@ -83,6 +83,7 @@ def curves(
         marker: of the points, ``""`` for none.
     """
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     _, axes = plt.subplots()
     for label, (kind, x, y) in series.items():
@@ -91,6 +92,8 @@ def curves(
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
     return axes

@@ -79,6 +79,21 @@ def test_a_failure_in_work_is_one_line_and_code_1(small, tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+def test_broken_weights_are_one_line_and_code_2(small, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(small, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    done = run("compress", tmp_path / "nan", "--out", tmp_path / "x", "--prune", "magnitude")
+    assert done.exit_code == 2
+    assert "1 non-finite" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_import_is_light():
     code = "import sys, slr; sys.exit('transformers' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
