@@ -134,5 +134,6 @@ def grouped_bars(
     axes.set_xticks(range(len(rows)), list(rows))
     axes.set_ylabel(ylabel)
     axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=8, ncols=2)
+    axes.margins(y=0.25)  # room for the legend above the bars
+    axes.legend(fontsize=8, ncols=2, loc="upper right")
     return axes
