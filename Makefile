@@ -32,9 +32,10 @@ book: .venv/.ready  ## run every chapter and render the book into _build/html
 	@test -f _build/html/index.html
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 
+# Two workers of one thread each: two of two threads on two cores wait for one another.
 test: .venv/.ready lint  ## lint, unit tests, doctests and notebooks
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --nbval --nbval-current-env \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --nbval --nbval-current-env \
 	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=300 notebooks
 
 lint: .venv/.ready  ## ruff and mypy
