@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import slr
-from slr.refine import OVERSAMPLING, WARMUP
+from slr.filled import OVERSAMPLING, WARMUP
 
 SIZES = ("1024x1024:32", "2048x2048:64", "4096x4096:128", "4096x11008:128")
 LLAMA_7B = {"4096x4096:128": 128, "11008x4096:128": 64, "4096x11008:128": 32}  # how many of each

@@ -136,7 +136,7 @@ def compress_layer(
     recipe: Recipe,
     statistic: NormStatistic | GramStatistic | None = None,
     seed: int = 0,
-) -> tuple[Refined, Tensor]:
+) -> Refined:
     """Prune and repair one matrix by a recipe (whose `rank` is definite).
 
     Args:
@@ -146,7 +146,7 @@ def compress_layer(
         seed: for a random mask and the solver's start.
 
     Returns:
-        ``(refined, mask)``; without repair the factors have rank 0.
+        S, B, A and the mask; without repair the factors have rank 0 and the trace is empty.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
     pattern = parse(recipe.pattern, recipe.group)
@@ -157,20 +157,19 @@ def compress_layer(
     )
     if recipe.refine == "none":
         (m, n), trace = weight.shape, ()
-        return Refined(kept, weight.new_zeros(m, 0), weight.new_zeros(0, n), trace), mask
+        return Refined(kept, weight.new_zeros(m, 0), weight.new_zeros(0, n), trace, mask)
     assert recipe.rank is not None
     if recipe.refine == "svd":
-        return svd_repair(weight, mask, recipe.rank, sparse=kept), mask
+        return svd_repair(weight, mask, recipe.rank, sparse=kept)
     metric: Metric | None = None
     if recipe.refine == "diagonal" and norm is not None:
         metric = Diagonal(norm)
     elif recipe.refine == "activations" and gram is not None:
         metric = Gram(gram)
-    refined = refine(
+    return refine(
         weight, mask, recipe.rank, metric=metric,
         iterations=recipe.iterations, schedule=recipe.schedule, generator=generator,
     )  # fmt: skip
-    return refined, mask
 
 
 @torch.no_grad()
@@ -217,14 +216,13 @@ def compress_model(
         for name, linear in linears.items():
             started = time.perf_counter()
             seed = recipe.seed + len(reports)
-            refined, mask = compress_layer(linear.weight.data, recipe, found.get(name), seed)
+            refined = compress_layer(linear.weight.data, recipe, found.get(name), seed)
             bias = None if linear.bias is None else linear.bias.data
-            layer = SLRLinear.from_refined(
-                refined, bias, mask=mask, pattern=parse(recipe.pattern, recipe.group)
-            )
+            pattern = parse(recipe.pattern, recipe.group)
+            layer = SLRLinear.from_refined(refined, bias, pattern=pattern)
             block.set_submodule(name, layer)
             full = f"model.layers.{index}.{name}"
-            reports.append(_report(full, linear.weight.data, layer, mask, started))
+            reports.append(_report(full, linear.weight.data, layer, started))
             bar.update()
         if inputs is not None and index + 1 < len(blocks):
             inputs.run(block, keep=True)
@@ -263,9 +261,7 @@ def _check_fit(plan: list[dict[str, nn.Linear]], recipe: Recipe) -> None:
                 raise ValueError(f"pattern {pattern} does not divide the inputs of {where}")
 
 
-def _report(
-    name: str, weight: Tensor, layer: SLRLinear, mask: Tensor, started: float
-) -> LayerReport:
+def _report(name: str, weight: Tensor, layer: SLRLinear, started: float) -> LayerReport:
     W = weight.double()
     size = W.norm().clamp_min(1e-300)
     after = W - layer.weight.double() - layer.B.double() @ layer.A.double()
@@ -273,7 +269,7 @@ def _report(
         name,
         (weight.shape[0], weight.shape[1]),
         layer.rank,
-        float(W.masked_fill(mask, 0).norm() / size),
+        float(W.masked_fill(layer.mask, 0).norm() / size),
         float(after.norm() / size),
         time.perf_counter() - started,
     )

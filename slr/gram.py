@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from slr.checks import check_rank
+from slr.filled import OVERSAMPLING, WARMUP, Factors
 from slr.metric import Gram, cholesky
-from slr.refine import OVERSAMPLING, WARMUP, Step
+from slr.refine import Step
 
 __all__ = ["best_low_rank", "masked_least_squares", "refine_gram"]
 
@@ -106,11 +107,11 @@ def refine_gram(
     iterations: int,
     tolerance: float,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor, list[Step]]:
+) -> tuple[Tensor, Factors, list[Step]]:
     """The alternation; :func:`slr.refine` is its public face.
 
     Returns:
-        S (m, n), B (m, k), A (k, n) and the steps; a step's error is in the damped metric.
+        S (m, n), B (m, k) and A (k, n), and the steps; a step's error is in the damped metric.
 
     Cost: a round takes 2 (GRADIENT_STEPS + 2) m n² + 6 m n q + 4 n² q FLOPs, q = k + 8, and a few
         matrices of the size of W.
@@ -141,4 +142,4 @@ def refine_gram(
             before, now = steps[-2].error, steps[-1].error
             if before - now < tolerance * before:
                 break
-    return S, B, A, steps
+    return S, (B, A), steps

@@ -75,18 +75,17 @@ class SLRLinear(nn.Module):
         refined: Refined,
         bias: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
         pattern: str | Pattern | None = None,
     ) -> SLRLinear:
         """The layer of a :class:`~slr.refine.Refined` matrix.
 
         Args:
-            refined: sparse (m, n), B (m, k), A (k, n).
+            refined: sparse (m, n), B (m, k), A (k, n), mask (m, n).
             bias: (m,).
-            mask: bool (m, n); by default the non-zero entries of ``refined.sparse``.
             pattern: for the record.
         """
-        return cls(refined.sparse, refined.B, refined.A, bias, mask=mask, pattern=pattern)
+        S, B, A, _trace, mask = refined
+        return cls(S, B, A, bias, mask=mask, pattern=pattern)
 
     @property
     def in_features(self) -> int:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from slr.checks import check_mask, check_matrix
-from slr.lowrank import truncated_svd
-from slr.refine import Refined, Step
+from slr.refine import Refined, svd_repair
 
 __all__ = ["Pursuit", "pcp_repair", "pursue"]
 
@@ -118,8 +117,4 @@ def pcp_repair(weight: Tensor, mask: Tensor, rank: int, **options) -> Refined:
     """
     options = {"tolerance": 1e-6, **options}
     found = pursue(weight, mask, **options)
-    work = weight.to(found.sparse.dtype)
-    B, A = truncated_svd(work - found.sparse, rank).factors()
-    error = float((work - found.sparse - B @ A).double().norm())
-    dtype = weight.dtype
-    return Refined(found.sparse.to(dtype), B.to(dtype), A.to(dtype), (Step(rank, error),))
+    return svd_repair(weight, mask, rank, sparse=found.sparse)

@@ -13,7 +13,7 @@ MASK = slr.prune(W, "magnitude", "2:4").mask
 
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (0, 8)])
 def test_equals_the_dense_product(shape):
-    layer = slr.SLRLinear.from_refined(slr.refine(W, MASK, 3), torch.randn(12), mask=MASK)
+    layer = slr.SLRLinear.from_refined(slr.refine(W, MASK, 3), torch.randn(12))
     x = torch.randn(shape)
     assert torch.allclose(layer(x), x @ layer.dense().T + layer.bias, atol=1e-5)
 
@@ -26,7 +26,7 @@ def test_rank_zero_is_the_pruned_layer():
 
 
 def test_copies_casts_and_state():
-    layer = slr.SLRLinear.from_refined(slr.refine(W, MASK, 3), mask=MASK, pattern="2:4")
+    layer = slr.SLRLinear.from_refined(slr.refine(W, MASK, 3), pattern="2:4")
     twin = copy.deepcopy(layer).to(torch.bfloat16)
     assert twin.A.dtype == torch.bfloat16
     assert twin.mask.dtype == torch.bool

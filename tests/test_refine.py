@@ -144,7 +144,7 @@ def test_row_blocks_do_not_change_the_answer(monkeypatch):
     W = realistic(40, 32)
     mask = slr.prune(W, "magnitude", "2:4").mask
     whole = slr.refine(W, mask, 4)
-    monkeypatch.setattr(sys.modules["slr.refine"], "BLOCK", {"cpu": 17 * 32})
+    monkeypatch.setattr(sys.modules["slr.filled"], "BLOCK", {"cpu": 17 * 32})
     blocks = slr.refine(W, mask, 4)
     assert torch.allclose(whole.dense(), blocks.dense(), atol=1e-4)
 
