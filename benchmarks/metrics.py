@@ -47,6 +47,9 @@ def repairs(W: torch.Tensor, H: torch.Tensor, pattern: str, k: int) -> dict[str,
         "diagonal": slr.refine(W, mask, k, metric=slr.Diagonal(d)).dense(),
         "EoRA": slr.svd_repair(W, mask, k, slr.Gram(H)).dense(),
         "Gram": slr.refine(W, mask, k, metric=slr.Gram(H)).dense(),
+        "Gram, mask updated": slr.refine(
+            W, mask, k, metric=slr.Gram(H), update_mask=pattern
+        ).dense(),
         "SparseGPT": moved,
         "SparseGPT+SVD": slr.svd_repair(W, mask_gpt, k, sparse=moved).dense(),
         "SparseGPT+EoRA": slr.svd_repair(W, mask_gpt, k, slr.Gram(H), sparse=moved).dense(),

@@ -10,7 +10,8 @@ alternate, and each is the exact minimiser in one unknown or goes towards it:
 
 Neither needs a factor of H: U is warm-started from round to round and improved by one block power
 step, and the gradient iteration starts from the last S.  Our own step beyond the paper; the first
-half is EoRA's repair, the second is what SparseGPT approximates.  Book: chapter 2.
+half is EoRA's repair, the second is what SparseGPT approximates.  Between the two the mask may be
+chosen anew, by the score of Wanda on what the low-rank part leaves.  Book: chapter 2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from slr.checks import check_rank
 from slr.filled import OVERSAMPLING, WARMUP, Factors
-from slr.metric import Gram, cholesky
+from slr.metric import Gram, definite
+from slr.patterns import Pattern
 from slr.refine import Step
 
 __all__ = ["best_low_rank", "masked_least_squares", "refine_gram"]
@@ -48,7 +50,7 @@ def best_low_rank(rest: Tensor, metric: Gram, rank: int) -> tuple[Tensor, Tensor
             [0., 0.]])
     """
     check_rank(rank, rest.shape)
-    factor = cholesky(metric.damped(rest))
+    factor = definite(metric.damped(rest))[1]
     U = torch.linalg.svd(rest @ factor, full_matrices=False)[0][:, :rank]
     return U, U.T @ rest
 
@@ -107,16 +109,18 @@ def refine_gram(
     iterations: int,
     tolerance: float,
     generator: torch.Generator,
-) -> tuple[Tensor, Factors, list[Step]]:
+    update_mask: Pattern | None = None,
+) -> tuple[Tensor, Tensor, Factors, list[Step]]:
     """The alternation; :func:`slr.refine` is its public face.
 
     Returns:
-        S (m, n), B (m, k) and A (k, n), and the steps; a step's error is in the damped metric.
+        S (m, n), its mask, B (m, k) and A (k, n), and the steps, whose errors are in the damped
+        metric.
 
     Cost: a round takes 2 (GRADIENT_STEPS + 2) m n² + 6 m n q + 4 n² q FLOPs, q = k + 8, and a few
         matrices of the size of W.
     """
-    H = metric.damped(work)
+    H = definite(metric.damped(work))[0]
     # One scale for all of H: products stay in range in float32 whatever its units.
     unit = H.diagonal().mean()
     H = H / unit
@@ -124,6 +128,7 @@ def refine_gram(
     width = min(rank + OVERSAMPLING, m, n)
     U = torch.randn(m, width, generator=generator, device=work.device, dtype=work.dtype)
     S = masked_least_squares(work, mask, H, work * mask, GRADIENT_STEPS)
+    loudness = H.diagonal().sqrt()
     steps: list[Step] = []
     for turn in range(iterations):
         R = work - S
@@ -134,6 +139,9 @@ def refine_gram(
         U, A = U @ vectors, (A @ vectors).T
         B, A = U[:, :rank], A[:rank]
         target = torch.addmm(work, B, A, alpha=-1)
+        if update_mask is not None and turn < iterations // 2:
+            mask = update_mask.select(target.abs() * loudness)
+            S = torch.where(mask & (S != 0), S, target * mask)
         S = masked_least_squares(target, mask, H, S, GRADIENT_STEPS)
         rest = target - S
         error = ((rest @ H) * rest).sum(dtype=torch.float64).clamp_min(0) * unit
@@ -142,4 +150,4 @@ def refine_gram(
             before, now = steps[-2].error, steps[-1].error
             if before - now < tolerance * before:
                 break
-    return S, (B, A), steps
+    return S, mask, (B, A), steps

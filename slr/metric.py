@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slr.checks import check_finite
 
-__all__ = ["Diagonal", "Gram", "Identity", "Metric", "cholesky"]
+__all__ = ["Diagonal", "Gram", "Identity", "Metric", "definite"]
 
 
 @dataclass(frozen=True)
@@ -130,21 +130,29 @@ class Gram:
 Metric = Identity | Diagonal | Gram
 
 
-def cholesky(matrix: Tensor, what: str = "gram") -> Tensor:
-    """Lower Cholesky factor; more damping, with a warning, when it fails.
+def definite(matrix: Tensor, what: str = "gram") -> tuple[Tensor, Tensor]:
+    """A positive definite matrix and its factor; more damping, with a warning, if it is not.
 
     Args:
         matrix: (n, n), symmetric; already damped once.
         what: its name, for messages.
 
+    Returns:
+        The matrix, damped more if it had to be, and its lower Cholesky factor.
+
     Raises:
         ValueError: indefinite even with its whole mean diagonal added.
 
     Cost: n³/3 FLOPs.
+
+    >>> H, C = definite(torch.tensor([[4.0, 2.0], [2.0, 5.0]]))
+    >>> print(C)
+    tensor([[2., 0.],
+            [1., 2.]])
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info:
-        return factor
+        return matrix, factor
     mean = matrix.diagonal().mean()
     for share in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         more = matrix.clone()
@@ -156,5 +164,5 @@ def cholesky(matrix: Tensor, what: str = "gram") -> Tensor:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return factor
+            return more, factor
     raise ValueError(f"{what} is indefinite: no damping up to its mean diagonal mends it")

@@ -83,14 +83,19 @@ class Unstructured:
         Raises:
             ValueError: not a matrix, or non-finite.
 
-        Cost: one sort, O(m n log n).
+        Cost: one selection of the threshold a group, O(m n).
         """
         rows = _checked_scores(scores)
         if self.group == "matrix":
             rows = rows.reshape(1, -1)
-        order = rows.sort(dim=1, stable=True).indices
-        mask = torch.ones_like(rows, dtype=torch.bool)
-        mask.scatter_(1, order[:, : self.pruned_in(rows.shape[1])], False)
+        count = self.pruned_in(rows.shape[1])
+        if count == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = rows.kthvalue(count, dim=1, keepdim=True).values
+        mask = rows > threshold
+        equal = rows == threshold
+        left = count - (~mask & ~equal).sum(1, keepdim=True)  # of the equal ones, to prune
+        mask |= equal & (equal.cumsum(1, dtype=torch.int32) > left)
         return mask.view(scores.shape)
 
     def verify(self, mask: Tensor) -> bool:
@@ -144,19 +149,22 @@ class NM:
 
         Cost: m² comparisons a group, no sort.
         """
-        rows, columns = _checked_scores(scores).shape
+        columns = _checked_scores(scores).shape[1]
         if columns % self.m:
             raise ValueError(
                 f"pattern {self} needs columns divisible by {self.m}, but there are {columns}"
             )
-        groups = scores.reshape(rows, -1, self.m)
-        # An entry stays if fewer than n others of its group beat it; of equals the later one wins.
-        kept = torch.empty_like(groups, dtype=torch.bool)
-        for j in range(self.m):
-            mine = groups[..., j : j + 1]
-            beaten_by = (groups[..., :j] > mine).sum(-1) + (groups[..., j + 1 :] >= mine).sum(-1)
-            kept[..., j] = beaten_by < self.n
-        return kept.view(scores.shape)
+        # One contiguous plane for each place in a group: whole-vector comparisons.
+        planes = scores.reshape(-1, self.m).T.contiguous()
+        kept = torch.empty_like(planes, dtype=torch.bool)
+        for j, mine in enumerate(planes):
+            # An entry stays if fewer than n others of its group beat it; of equals the later wins.
+            beaten = torch.zeros_like(mine, dtype=torch.int16)
+            for i, other in enumerate(planes):
+                if i != j:
+                    beaten += other > mine if i < j else other >= mine
+            kept[j] = beaten < self.n
+        return kept.T.reshape(scores.shape)
 
     def verify(self, mask: Tensor) -> bool:
         """Whether every group of `mask` (rows, columns) keeps exactly n of m."""

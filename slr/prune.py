@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slr.checks import check_finite, check_matrix
-from slr.metric import Gram, cholesky
+from slr.metric import Gram, definite
 from slr.patterns import NM, Pattern, parse
 
 __all__ = ["METHODS", "Pruned", "prune"]
@@ -120,8 +120,8 @@ def _inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     H.diagonal().add_(DAMPING * H.diagonal().mean())
-    inverse = torch.cholesky_inverse(cholesky(H))
-    return cholesky((inverse + inverse.T) / 2, "the inverse of gram").T, dead
+    inverse = torch.cholesky_inverse(definite(H)[1])
+    return definite((inverse + inverse.T) / 2, "the inverse of gram")[1].T, dead
 
 
 def _sparsegpt(weight: Tensor, pattern: Pattern, gram: Tensor | None) -> Pruned:

@@ -39,6 +39,7 @@ from slr.checks import check_mask, check_matrix, check_rank
 from slr.filled import Factors, Filled, FullSVD, Subspace, keep_, row_blocks
 from slr.lowrank import truncated_svd
 from slr.metric import Diagonal, Gram, Identity, Metric
+from slr.patterns import Pattern, parse
 
 __all__ = ["SCHEDULES", "SOLVERS", "Refined", "Step", "ramp", "refine", "svd_repair"]
 
@@ -151,6 +152,7 @@ def refine(
     tolerance: float = 0.0,
     generator: torch.Generator | None = None,
     search_dtype: torch.dtype | None = None,
+    update_mask: Pattern | str | None = None,
 ) -> Refined:
     """Refine a pruned matrix, or a stack of them, into sparse + low rank.
 
@@ -170,6 +172,8 @@ def refine(
             or ``torch.bfloat16`` (sums in float32).  ``None`` takes bfloat16 for matrices
             from 2^20 entries on where the processor multiplies it several times faster; the
             errors agree to about 1e-5 of themselves.
+        update_mask: with ``Gram`` only: a pattern; in the first half of the iterations the mask
+            is chosen anew in it, by |W - B A| √diag(H).  `mask` is then where to start.
 
     Returns:
         :class:`Refined` in the dtype of `weight`, computed in float32 (float64 for float64).
@@ -197,14 +201,17 @@ def refine(
     """
     _check_choices(iterations, solver, schedule, tolerance)
     metric = _check(weight, mask, rank, metric)
+    if update_mask is not None and not isinstance(metric, Gram):
+        raise ValueError("update_mask needs metric=Gram(…)")
     dtype = _working(weight)
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     if isinstance(metric, Gram):
         from slr.gram import refine_gram
 
-        kept, low, steps = refine_gram(
+        kept, mask, low, steps = refine_gram(
             weight.to(dtype), mask, metric, rank,
             iterations=iterations, tolerance=tolerance, generator=generator,
+            update_mask=None if update_mask is None else parse(update_mask),
         )  # fmt: skip
         return finish(weight, mask, low, steps, metric, lambda rows: kept[rows])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import slr
 from slr.gram import masked_least_squares
-from slr.metric import Diagonal, Gram, Identity, cholesky
+from slr.metric import Diagonal, Gram, Identity, definite
 
 W = realistic(24, 32)
 X = activations(400, 32)
@@ -124,6 +124,30 @@ def test_gram_beats_its_halves_and_the_data_free():
         assert output_error(W, refined) < output_error(W, rival), name
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
+def test_choosing_the_mask_anew_helps(pattern):
+    start = slr.prune(W, "magnitude", pattern).mask
+    fixed = slr.refine(W, start, 4, metric=Gram(H))
+    before = start.clone()
+    moved = slr.refine(W, start, 4, metric=Gram(H), update_mask=pattern)
+    assert torch.equal(start, before)
+    assert torch.equal(fixed.mask, start)
+    assert not torch.equal(moved.mask, start)
+    assert slr.patterns.parse(pattern).verify(moved.mask)
+    assert not moved.sparse[~moved.mask].any()
+    assert moved.error < fixed.error
+    with pytest.raises(ValueError, match="update_mask needs"):
+        slr.refine(W, start, 4, update_mask=pattern)
+
+
+def test_an_indefinite_gram_is_refused():
+    bad = H.clone()
+    bad[0, 1] = bad[1, 0] = 10 * float(H.diagonal().max())
+    for call in (slr.refine, slr.svd_repair):
+        with pytest.raises(ValueError, match="gram is indefinite"):
+            call(W, MASK, 3, metric=Gram(bad))
+
+
 def test_diagonal_is_the_paper_on_scaled_columns():
     d = torch.rand(32) + 0.1
     ours = slr.refine(W, MASK, 4, metric=Diagonal(d), solver="exact")
@@ -183,12 +207,12 @@ def test_equivariance():
 def test_cholesky_damps_with_a_warning_and_fails_honestly():
     spoiled = torch.diag(torch.tensor([1.0, 1.0, -1e-3]))
     with pytest.warns(RuntimeWarning, match="not positive definite"):
-        assert cholesky(spoiled).isfinite().all()
+        assert definite(spoiled)[1].isfinite().all()
     with pytest.raises(ValueError, match="indefinite"):
-        cholesky(torch.diag(torch.tensor([1.0, -5.0])))
+        definite(torch.diag(torch.tensor([1.0, -5.0])))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.allclose(cholesky(4 * torch.eye(2)), 2 * torch.eye(2))
+        assert torch.allclose(definite(4 * torch.eye(2))[1], 2 * torch.eye(2))
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,55 @@ def test_a_kept_zero_stays_kept():
     assert slr.refine(W, mask, 2).sparse[0, 0] != 0
 
 
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(2, 40),
+    seed=st.integers(0, 99),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    kind=st.sampled_from(["full", "rank one", "zero rows", "zero columns", "constant"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_exact_step_raises_the_error(m, n, seed, density, kind):
+    """While the rank is constant, in the metric of the problem; and k = min(m, n) is exact."""
+    W = realistic(m, n, seed, dtype=torch.float64)
+    if kind == "rank one":
+        W = W[:, :1] @ W[:1]
+    elif kind == "zero rows":
+        W[::2] = 0
+    elif kind == "zero columns":
+        W[:, ::2] = 0
+    elif kind == "constant":
+        W = torch.ones_like(W)
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(m, n, generator=g) < density
+    size = float(W.norm())
+    rank = 1 + seed % min(m, n)
+    for metric in (None, slr.Diagonal(torch.rand(n, generator=g).double() + 0.1)):
+        trace = slr.refine(W, mask, rank, iterations=30, solver="exact", metric=metric).trace
+        for before, after in itertools.pairwise(trace):
+            if before.rank == after.rank:
+                assert after.error <= before.error * (1 + 1e-9) + 1e-7 * size
+    full = min(m, n)
+    for solver in SOLVERS:
+        assert error(W, slr.refine(W, mask, full, iterations=5, solver=solver)) <= 1e-6 * size
+
+
+def test_rows_all_kept_or_all_pruned_are_defined():
+    W = realistic(24, 20)
+    mask = slr.prune(W, "magnitude", "0.5").mask
+    mask[3], mask[7] = True, False
+    for metric in (None, slr.Diagonal(torch.ones(20)), slr.Gram(torch.eye(20))):
+        refined = slr.refine(W, mask, 3, metric=metric)
+        assert not refined.sparse[7].any()
+        assert (W[3] - refined.dense()[3]).norm() < 0.02 * W[3].norm()  # S alone can match it
+        assert refined.dense().isfinite().all()
+
+
+def test_a_mask_on_another_device_is_named():
+    with pytest.raises(ValueError, match="mask is on meta but weight on cpu"):
+        slr.refine(torch.ones(4, 4), torch.ones(4, 4, device="meta").bool(), 1)
+
+
 def test_row_blocks_do_not_change_the_answer(monkeypatch):
     import sys
 
