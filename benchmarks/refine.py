@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import slr
-from slr.filled import OVERSAMPLING, WARMUP
+from slr.filled import OVERSAMPLING, POLISH, WARMUP
 from slr.refine import ramp
 
 SIZES = ("1024x1024:32", "2048x2048:64", "4096x4096:128", "4096x11008:128")
@@ -95,8 +95,10 @@ def flops(m: int, n: int, k: int, T: int, way: str) -> float:
     """Of the three products of every iteration and of the last steps."""
     accelerated = way.startswith("accelerated")
     fills = [2 * k] * T if accelerated else ramp(k, T)
-    steps = T + 2 * WARMUP - 1
-    return 2 * m * n * (sum(fills) + WARMUP * fills[-1] + 2 * steps * (k + OVERSAMPLING))
+    polish = 0 if accelerated else min(POLISH, T)
+    fills += (WARMUP + polish) * [fills[-1]]
+    steps = len(fills) + WARMUP - 1
+    return 2 * m * n * (sum(fills) + 2 * steps * (k + OVERSAMPLING))
 
 
 def one(size: str, way: str, T: int, only: int) -> dict:

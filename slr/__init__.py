@@ -4,19 +4,23 @@ One matrix: :func:`prune`, :func:`refine`, :func:`svd_repair`.  One layer: :clas
 One model: :func:`compress`, :func:`load`, :func:`perplexity`.  The book in this repository
 derives and measures all of it.
 
-``import slr`` loads torch only; transformers is imported when a model is first touched.
+``import slr`` loads torch only; transformers is imported when a model is first touched, and
+then loads and saves compressed models like any other.
 """
 
-from slr import data, patterns, tiny
+from slr import data, patterns, plugin, tiny
 from slr.checkpoint import load, load_tokenizer
-from slr.compress import LayerReport, Recipe, compress, compress_model
+from slr.compress import LayerReport, compress, compress_model
 from slr.evaluate import perplexity
 from slr.linear import SLRLinear
 from slr.metric import Diagonal, Gram, Identity
 from slr.prune import Pruned, prune
+from slr.recipe import Recipe
 from slr.refine import Refined, refine, svd_repair
 
 __version__ = "0.1.0"
+
+plugin.install()
 
 __all__ = [
     "Diagonal",

@@ -10,96 +10,175 @@ Book: chapter 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from slr.statistics import GramStatistic, NormStatistic
+from slr.stream import decoder_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "observe"]
+__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "logits", "observe", "rows_at_once"]
+
+IN_MEMORY = 1 << 30  # bytes of block inputs above which they are kept on disk
+ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes that a block may need beside its inputs
 
 
 class BlockInputs:
     """The inputs of one decoder block for every calibration window, and how to run the block.
 
     Attributes:
-        hidden: one (rows, seqlen, hidden) tensor for each batch of windows.
-        arguments: what else the model passes to its blocks (mask, positions, rotary table).
+        hidden: (windows, seqlen, hidden), in memory, or mapped from a file when large.
+        rows: windows that run at once.
+        arguments: what else the model passes to each block (mask, positions, rotary table), by
+            the number of windows in a batch; the windows have no padding, so it is the same.
     """
 
-    def __init__(self, hidden: list[Tensor], arguments: list[dict]) -> None:
-        self.hidden, self.arguments = hidden, arguments
+    def __init__(self, hidden: Tensor, rows: int, arguments: dict[int, list[dict]]) -> None:
+        self.hidden, self.rows, self.arguments = hidden, rows, arguments
 
     @torch.no_grad()
-    def run(self, block: nn.Module, keep: bool) -> None:
-        """Run the block on all windows; with `keep` its outputs replace the inputs."""
-        for i, (h, arguments) in enumerate(zip(self.hidden, self.arguments, strict=True)):
-            out = block(h, **arguments)
+    def run(self, index: int, block: nn.Module, keep: bool) -> None:
+        """Run block `index` on all windows; with `keep` its outputs replace the inputs."""
+        device = next(block.parameters()).device
+        for batch in self.hidden.split(self.rows):
+            out = block(batch.to(device), **self.arguments[len(batch)][index])
             if keep:
-                self.hidden[i] = out[0] if isinstance(out, tuple) else out
+                batch.copy_(out)
 
 
-def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks of a LLaMA-like model, in order.
-
-    Raises:
-        ValueError: the model has no ``model.layers``.
-    """
-    blocks = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise ValueError(
-            f"{type(model).__name__} has no model.layers; "
-            "only decoders of the LLaMA family are supported"
-        )
-    return blocks
+def rows_at_once(config, seqlen: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Windows that a block runs on at once, for about :data:`ACTIVATIONS` bytes."""
+    wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 0)
+    token = 4 * (wide + 2 * config.hidden_size) * max(4, dtype.itemsize)
+    return max(1, min(8, ACTIVATIONS.get(device.type, 1 << 28) // (token * seqlen)))
 
 
 class _StopForward(Exception):  # noqa: N818
-    """Raised to leave a forward pass once the first block was reached."""
+    """Raised to leave a forward pass once the last block was reached."""
+
+
+@contextmanager
+def _instead(blocks: nn.ModuleList, forward: Callable[[int], Callable]) -> Iterator[None]:
+    """While open, ``forward(i)`` runs in place of block i."""
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = forward(i)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """An uninitialised tensor on the CPU; in a file without a name when it is large."""
+    count = torch.Size(shape).numel()
+    if folder is None or count * dtype.itemsize <= IN_MEMORY:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 @torch.no_grad()
-def first_inputs(model: PreTrainedModel, windows: Tensor, rows: int = 8) -> BlockInputs:
-    """Inputs of the first decoder block for token windows (count, seqlen), `rows` at a time."""
-    hidden: list[Tensor] = []
-    arguments: list[dict] = []
+def first_inputs(
+    model: PreTrainedModel, windows: Tensor, rows: int | None = None, folder: Path | None = None
+) -> BlockInputs:
+    """Inputs of the first decoder block for token windows (count, seqlen).
 
-    def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden.append(args[0] if args else kwargs["hidden_states"])
-        others = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        arguments.append({**others, "past_key_values": None, "use_cache": False})
-        raise _StopForward
+    Args:
+        model: whose embeddings at least hold weights.
+        windows: int64 (count, seqlen).
+        rows: windows at once; chosen to memory when ``None``.
+        folder: where large inputs may be kept on disk.
+    """
+    blocks = decoder_blocks(model)
+    config = model.config.get_text_config()
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    device, dtype = embedding.device, embedding.dtype
+    count, seqlen = windows.shape
+    rows = rows or rows_at_once(config, seqlen, device, dtype)
+    hidden = _room((count, seqlen, config.hidden_size), dtype, folder)
+    arguments: dict[int, list[dict]] = {}
+    done = 0
 
-    handle = decoder_blocks(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
+    def record(i: int) -> Callable:
+        def forward(states: Tensor, *args, **kwargs) -> Tensor:
+            size = len(states)
+            if i == 0:
+                hidden[done : done + size] = states
+                arguments.setdefault(size, [])
+            if len(arguments[size]) == i:
+                arguments[size].append({**kwargs, "past_key_values": None, "use_cache": False})
+            if i + 1 == len(blocks):
+                raise _StopForward
+            return states
+
+        return forward
+
+    with _instead(blocks, record):
         for ids in windows.split(rows):
             try:
-                model(input_ids=ids.to(model.device), use_cache=False)
+                model(input_ids=ids.to(device), use_cache=False)
             except _StopForward:
-                continue
-    finally:
-        handle.remove()
-    return BlockInputs(hidden, arguments)
+                done += len(ids)
+    return BlockInputs(hidden, rows, arguments)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits from the outputs of the last block, as the model's own final norm and head give them.
+
+    Args:
+        model: whose embeddings, final norm and head hold weights.
+        ids: (rows, seqlen), of the same windows.
+        hidden: (rows, seqlen, hidden).
+    """
+    blocks = decoder_blocks(model)
+
+    def identity(i: int) -> Callable:
+        return lambda states, *args, **kwargs: hidden if i == 0 else states
+
+    with _instead(blocks, identity):
+        return model(input_ids=ids, use_cache=False).logits
 
 
 @contextmanager
 def observe(
     linears: Mapping[str, nn.Linear], kind: type[NormStatistic] | type[GramStatistic]
 ) -> Iterator[dict[str, NormStatistic | GramStatistic]]:
-    """While open, collect a statistic of the inputs of each of the named linear layers."""
+    """While open, collect a statistic of the inputs of each of the named linear layers.
+
+    Layers that are given the same tensor (query, key and value; gate and up) share one.
+    """
     device = next(iter(linears.values())).weight.device
-    found = {name: kind(linear.in_features, device) for name, linear in linears.items()}
+    found: dict[str, NormStatistic | GramStatistic] = {}
+    leaders: dict[str, str] = {}  # whose statistic a layer shares, having the same input
+    seen: list[tuple[Tensor, str]] = []
 
-    def watch(statistic):
-        return lambda module, args: statistic.update(args[0])
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0]
+            if name not in leaders:
+                leaders[name] = next((other for y, other in seen if y is x), name)
+                seen.append((x, leaders[name]))
+                if leaders[name] == name:
+                    found[name] = kind(linears[name].in_features, device)
+                found[name] = found[leaders[name]]
+                if len(leaders) == len(linears):
+                    seen.clear()
+            if leaders[name] == name:
+                found[name].update(x)
 
-    handles = [lin.register_forward_pre_hook(watch(found[n])) for n, lin in linears.items()]
+        return hook
+
+    handles = [lin.register_forward_pre_hook(watch(n)) for n, lin in linears.items()]
     try:
         yield found
     finally:

@@ -1,66 +1,71 @@
-"""Checkpoint folders: find, load and save them, dense or compressed.
+"""Checkpoint folders: find, load and finish them, dense or compressed.
 
-A compressed folder holds ``config.json``, one ``model.safetensors`` and the tokenizer.  Of a
-compressed layer it stores
-
-=============== ================= ==========================================
-tensor          shape             what
-=============== ================= ==========================================
-``….values``    (kept,)           S on the mask, row by row, model dtype
-``….bitmask``   (⌈m n / 8⌉,)      the mask, one bit an entry, uint8
-``….B`` ``….A`` (m, k) (k, n)     the low-rank factors, model dtype
-=============== ================= ==========================================
-
-and everything else as it was.  ``config.json`` names the model type ``slr``, which only this
-package knows: another loader stops with an error instead of filling in random weights.
+A compressed folder is a Hugging Face checkpoint: ``config.json`` (as :mod:`slr.plugin` writes it),
+one safetensors file for each decoder block and one for the rest, their index, the tokenizer and a
+model card.  A compressed layer is stored as ``values``, ``bitmask`` (:mod:`slr.packing`), ``B`` and
+``A``; everything else as it was.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from slr.linear import SLRLinear
-from slr.patterns import parse
+from slr import accounting, plugin
+from slr.stream import INDEX, Stream, TensorFiles
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slr.journal import Journal
+    from slr.recipe import Recipe
 
 __all__ = [
     "about",
-    "check_free",
+    "calibration_windows",
+    "check_space",
+    "complete",
     "context",
+    "fingerprint",
     "load",
     "load_tokenizer",
-    "pack_mask",
     "resolve",
-    "save",
-    "unpack_mask",
 ]
 
-FORMAT = 1
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*", "generation_config.json", "LICENSE*",
+)  # fmt: skip
+SAMPLES, SAMPLE = 16, 1 << 16  # places of a file that its fingerprint reads, bytes at each
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder that `model` names: the embedded model for ``"tiny"``, else the folder itself.
+    """The folder of a checkpoint.
+
+    Args:
+        model: ``"tiny"`` for the embedded model, a folder, or ``OWNER/NAME`` on the Hugging
+            Face hub, which is downloaded to its cache (safetensors and small files only).
 
     Raises:
-        ValueError: no such folder, or it is no safetensors checkpoint.
+        ValueError: there is no such thing, or it is no safetensors checkpoint.
     """
     from slr import tiny
 
     folder = tiny.path() if str(model) == "tiny" else Path(model)
     if not folder.is_dir():
-        raise ValueError(f"model {str(model)!r} is neither 'tiny' nor a folder")
+        if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+            raise ValueError(
+                f"model {str(model)!r} is neither 'tiny', nor a folder, nor a hub name OWNER/NAME"
+            )
+        folder = _download(str(model))
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder {folder} is no checkpoint: it has no config.json")
     if not any(folder.glob("*.safetensors")):
@@ -68,12 +73,18 @@ def resolve(model: str | Path) -> Path:
     return folder
 
 
-def check_free(out: str | Path) -> Path:
-    """Raise ValueError unless `out` does not exist yet or is an empty folder; return its path."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give the name of a new folder")
-    return out
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    allow = ["*.safetensors", "*.json", *COPIED]
+    try:
+        return Path(snapshot_download(name, allow_patterns=allow))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model {name!r} is no folder here, and the hub did not give it: {first}"
+        ) from None
 
 
 def _config(folder: Path) -> dict:
@@ -97,26 +108,26 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, dense or compressed.
 
     Args:
-        model: ``"tiny"`` or a folder.
+        model: as for :func:`resolve`.
 
     Raises:
-        ValueError: no checkpoint, or it has no ``tokenizer.json``.
+        ValueError: no checkpoint, or it has no tokenizer.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     folder = resolve(model)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"folder {folder} has no tokenizer.json")
-    # transformers does not know the model type of a compressed folder's config.json.
-    kind = AutoTokenizer if about(folder) is None else PreTrainedTokenizerFast
-    return kind.from_pretrained(folder, local_files_only=True)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) and (
+        not (folder / "vocab.json").is_file()
+    ):
+        raise ValueError(f"folder {folder} has no tokenizer (tokenizer.json)")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a checkpoint, dense or compressed, for evaluation.
+    """Load a checkpoint, dense or compressed: ``AutoModelForCausalLM.from_pretrained``, checked.
 
     Args:
-        model: ``"tiny"`` or a folder.
+        model: as for :func:`resolve`.
         dtype: of the weights; as stored when ``None``.
 
     Returns:
@@ -130,141 +141,123 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel
     from transformers.utils import logging
 
     folder = resolve(model)
-    notes = about(folder)
-    bars = logging.is_progress_bar_enabled()
+    _check_files(folder)
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        if notes is None:
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-            ).eval()
-        return _load_compressed(folder, notes, dtype).eval()
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"folder {folder} has a damaged safetensors file: {error}") from None
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _load_compressed(folder: Path, notes: dict, dtype: torch.dtype | None) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if notes.get("format") != FORMAT:
-        raise ValueError(f"folder {folder} has format {notes.get('format')}; this reads {FORMAT}")
-    plain = {k: v for k, v in _config(folder).items() if k not in ("slr", "model_type")}
-    config = AutoConfig.for_model(notes["model_type"], **plain)
-    tensors = load_file(folder / "model.safetensors")
-    stored = tensors[next(iter(tensors))].dtype
-    dtype = dtype or getattr(torch, str(plain.get("dtype", stored)).removeprefix("torch."))
-    loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    recipe = notes["recipe"]
-    pattern = parse(recipe["pattern"], recipe["group"])
-    for layer in notes["layers"]:
-        name, shape = layer["name"], tuple(layer["shape"])
-        try:
-            values, bits = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.bitmask")
-            B, A = tensors.pop(f"{name}.B"), tensors.pop(f"{name}.A")
-        except KeyError as error:
-            raise ValueError(f"folder {folder} lacks the tensor {error}") from None
-        mask = unpack_mask(bits, shape)
-        weight = torch.zeros(shape, dtype=dtype)
-        weight[mask] = values.to(dtype)
-        bias = tensors.pop(f"{name}.bias", None)
-        bias = None if bias is None else bias.to(dtype)
-        new = SLRLinear(weight, B.to(dtype), A.to(dtype), bias, mask=mask, pattern=pattern)
-        loaded.set_submodule(name, new)
-
-    parts = ("weight", "B", "A", "bias")
-    done = {f"{layer['name']}.{part}" for layer in notes["layers"] for part in parts}
-    result = loaded.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=False)
-    missing = set(result.missing_keys) - done - _tied(loaded)
-    if missing or result.unexpected_keys:
-        wrong = sorted(missing) or sorted(result.unexpected_keys)
+    loaded, info = found
+    wrong = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+    if wrong:
         raise ValueError(f"folder {folder} does not fit its configuration: {wrong[0]}, …")
-    loaded.tie_weights()
-    return loaded
+    return loaded.eval()
 
 
-def _tied(model: PreTrainedModel) -> set[str]:
-    """State-dict names that are the same tensor as another one and so are not stored."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    return {"lm_head.weight"}
+def _check_files(folder: Path) -> None:
+    """Raise ValueError unless the files can be read and hold what a compressed folder lists."""
+    notes, files = about(folder), TensorFiles(folder)
+    for name in {} if notes is None else notes["layers"]:
+        for part in ("values", "bitmask", "B", "A"):
+            if f"{name}.{part}" not in files.where:
+                raise ValueError(f"folder {folder} lacks the tensor {name}.{part}")
 
 
-def save(
-    model: PreTrainedModel,
-    out: str | Path,
-    *,
-    about: dict,
-    tokenizer_from: Path,
-) -> Path:
-    """Write a compressed model as a folder, whole or not at all.
+def calibration_windows(folder: Path, recipe: Recipe, text: str) -> tuple[Tensor, dict]:
+    """Token windows for a recipe, and what to record of them.
 
     Args:
-        model: on the CPU, with :class:`~slr.linear.SLRLinear` layers.
-        out: a folder that does not exist or is empty.
-        about: ``source``, ``recipe`` and ``layers`` as :func:`slr.compress.compress` makes them.
-        tokenizer_from: folder whose tokenizer files are copied.
-
-    Raises:
-        ValueError: `out` is taken.
+        folder: of the model.
+        recipe: its samples, seqlen and seed.
+        text: as for :func:`slr.data.calibration`.
     """
-    out = check_free(out)
-    tensors: dict[str, Tensor] = {
-        name: value for name, value in model.state_dict().items() if name not in _tied(model)
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, SLRLinear):
-            tensors[f"{name}.values"] = tensors.pop(f"{name}.weight")[module.mask]
-            tensors[f"{name}.bitmask"] = pack_mask(module.mask)
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config["slr"] = {"format": FORMAT, "model_type": config["model_type"], **about}
-    config["model_type"] = "slr"
+    from slr import data
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            part / "model.safetensors",
-            metadata={"format": "pt"},
+    tokenizer = load_tokenizer(folder)
+    seqlen = recipe.seqlen or context(folder)
+    windows = data.calibration(text, tokenizer, seqlen, recipe.samples, recipe.seed)
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    count = windows.shape[0]
+    return windows, {"text": text, "windows": count, "seqlen": seqlen, "sha256": digest}
+
+
+def fingerprint(folder: Path) -> dict:
+    """Digests that tell one source from another: the configuration, and samples of each file.
+
+    Cost: reads 1 MiB of each safetensors file.
+    """
+    found = {}
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        size = file.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with file.open("rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE))
+        found[file.name] = digest.hexdigest()
+    return found
+
+
+def check_space(stream: Stream, plan: list[dict[str, Recipe]], out: str | Path) -> None:
+    """Raise OSError unless the disk has room for the compressed folder.
+
+    Args:
+        stream: the source.
+        plan: resolved recipe of each layer of each block.
+        out: folder to be made, in the parent of which room is needed.
+    """
+    need = sum(f.stat().st_size for f in set(stream.files.where.values()))
+    for index, layers in enumerate(plan):
+        block = stream.block(index)[1]
+        for name, recipe in layers.items():
+            m, n = block.get_parameter(f"{name}.weight").shape
+            small = accounting.matrix(
+                (m, n), recipe.pattern, recipe.rank or 0, dtype=stream.dtype, storage="bitmask"
+            )
+            need -= int(accounting.matrix((m, n), dtype=stream.dtype).bytes - small.bytes)
+    parent = Path(out).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    part = Path(out).with_name(f"{Path(out).name}.partial")
+    done = sum(file.stat().st_size for file in part.glob("*.safetensors"))
+    free = shutil.disk_usage(parent).free + done
+    if need > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{out} will need about {need / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free",
         )
-        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        for file in tokenizer_from.iterdir():
-            if file.name.startswith(("tokenizer", "special_tokens")) or file.suffix == ".model":
-                shutil.copy(file, part)
-        if (tokenizer_from / "generation_config.json").is_file():
-            shutil.copy(tokenizer_from / "generation_config.json", part)
-        for file in part.iterdir():
-            file.chmod(0o644)
-        part.chmod(0o755)
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return out
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """A boolean tensor as bits, lowest bit first: uint8 (⌈count / 8⌉,).
+def complete(stream: Stream, journal: Journal, notes: dict) -> None:
+    """Write what is in no decoder block, and all small files, and let the folder appear."""
+    from slr.card import card
+    from slr.compress import shard_name
 
-    >>> pack_mask(torch.tensor([True, False, True])).tolist()
-    [5]
-    """
-    flat = mask.flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (flat * place).sum(1, dtype=torch.uint8)
-
-
-def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of :func:`pack_mask`.
-
-    >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), (3,)).tolist()
-    [True, False, True]
-    """
-    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    flat = (bits[:, None] & place).bool().flatten()
-    return flat[: torch.Size(shape).numel()].view(shape)
+    total = len(stream.blocks) + 1
+    rest = shard_name(total - 1, total)
+    inside = f"{stream.blocks_name}."
+    expected = stream.model.state_dict()
+    names = [n for n in stream.files.where if not n.startswith(inside) and n in expected]
+    if rest not in journal:
+        journal.add(rest, stream.files.read(names))
+    files = [shard_name(i, total) for i in range(total)]
+    where = {name: file for file in files for name in journal.entries[file]["tensors"]}
+    size = sum((journal.folder / file).stat().st_size for file in files)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    journal.add_text(INDEX, json.dumps(index, indent=1) + "\n")
+    for pattern in COPIED:
+        for file in sorted(stream.folder.glob(pattern)):
+            shutil.copyfile(file, journal.folder / file.name)
+    before = sum(f.stat().st_size for f in set(stream.files.where.values()))
+    journal.add_text("README.md", card(notes, before, size))
+    raw = {**_config(stream.folder), "num_hidden_layers": stream.config.num_hidden_layers}
+    journal.finish(json.dumps(plugin.disguise(raw, notes), indent=1) + "\n")

@@ -13,22 +13,31 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import slr
-from slr.compress import REPAIRS, Recipe
+from slr.export import FORMS
+from slr.provenance import provenance
 from slr.prune import METHODS
+from slr.recipe import REPAIRS, Recipe
 from slr.refine import SCHEDULES
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["app", "main"]
+
+MODEL = "'tiny', a checkpoint folder, or OWNER/NAME on the Hugging Face hub"
+DEVICE = "auto | cpu | cuda"
+JSON = "print JSON"
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Sparse + low-rank language models: compress one, evaluate it.",
+    help="Sparse + low-rank language models: compress, evaluate, inspect, export.",
 )
 
 
@@ -44,8 +53,10 @@ def _one_line_errors(command: Callable) -> Callable:
             return command(*args, **kwargs)
         except (ValueError, TypeError) as error:
             _fail(error, 2)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ImportError) as error:
             _fail(error, 1)
+        except KeyboardInterrupt:
+            _fail("stopped", 130)
 
     return guarded
 
@@ -71,7 +82,7 @@ def _root() -> None:
 @app.command()
 @_one_line_errors
 def compress(
-    model: Annotated[str, typer.Argument(help="'tiny' or a checkpoint folder")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option(help="folder to make")],
     prune: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "wanda",
     pattern: Annotated[str, typer.Option(help="2:4, or a fraction to prune such as 0.5")] = "2:4",
@@ -83,32 +94,48 @@ def compress(
     ] = None,
     iterations: Annotated[int, typer.Option(help="of the refinement")] = 50,
     schedule: Annotated[str, typer.Option(help=" | ".join(SCHEDULES))] = "paper",
-    calibration: Annotated[str, typer.Option(help="embedded | a text file")] = "embedded",
+    update_mask: Annotated[
+        bool, typer.Option(help="with --refine activations: choose the mask anew")
+    ] = False,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="layers to leave dense, as '*.down_proj'; repeatable")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="options of some layers, as '*.o_proj:rank=64,pattern=0.4'; repeatable"),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="embedded | wikitext2 | c4 | a text file")
+    ] = "embedded",
     samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
     seqlen: Annotated[int | None, typer.Option(help="tokens in each")] = None,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
-    seed: Annotated[int, typer.Option()] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    seed: Annotated[int, typer.Option(help="of random masks and starts")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over instead of going on where a run stopped")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
 ) -> None:
-    """Compress a model into a new folder."""
-    import torch
-
+    """Compress a model into a new folder; a stopped run goes on when called again."""
     recipe = Recipe(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank,
         rank_ratio=rank_ratio, iterations=iterations, schedule=schedule, samples=samples,
-        seqlen=seqlen, seed=seed,
+        seqlen=seqlen, seed=seed, update_mask=update_mask, skip=skip or [],
+        overrides=dict(map(_override, override or [])),
     )  # fmt: skip
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r} is not there; it must be auto, cpu or cuda")
-    from slr import checkpoint
+    device = _device(device)
+    from slr import checkpoint, ranks
 
     source = checkpoint.resolve(model)
     repair = {"none": "no repair", "svd": "SVD repair"}.get(refine, f"refined by {refine}")
     _say(f"{model} -> {out}: {prune} {recipe.pattern}, {repair}, on {device}")
     started = time.perf_counter()
-    layers = slr.compress(model, out, recipe, calibration=calibration, device=device, progress=True)
+    layers = slr.compress(
+        model, out, recipe, calibration=calibration, device=device, progress=True,
+        resume=not fresh,
+    )  # fmt: skip
+    if ranks.rank():
+        return
     seconds = time.perf_counter() - started
     mean = {
         key: sum(getattr(layer, key) for layer in layers) / len(layers)
@@ -124,6 +151,7 @@ def compress(
                 ("layers", str(len(layers))),
                 ("mean relative error, pruned", f"{mean['pruned_error']:.4f}"),
                 ("mean relative error, result", f"{mean['error']:.4f}"),
+                *_output_error(layers),
                 ("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)),
                 ("seconds", f"{seconds:.1f}"),
             ]
@@ -131,52 +159,231 @@ def compress(
     )
 
 
+def _output_error(layers: list[slr.LayerReport]) -> list[tuple[str, str]]:
+    known = [layer.output_error for layer in layers if layer.output_error is not None]
+    return [("mean output error, result", f"{sum(known) / len(known):.4f}")] if known else []
+
+
+def _override(text: str) -> tuple[str, dict]:
+    """``'*.o_proj:rank=64,pattern=0.4'`` as a name and its options."""
+    name, _, options = text.rpartition(":") if text.count(":") == 1 else text.partition(":")
+    found: dict = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+        kind = {"rank": int, "iterations": int, "rank_ratio": float}.get(key.strip(), str)
+        found[key.strip()] = kind(value)
+    if not name or not found:
+        raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+    return name, found
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {device!r} is not there; it must be auto, cpu or cuda")
+    return device
+
+
 @app.command("eval")
 @_one_line_errors
 def evaluate(
-    model: Annotated[str, typer.Argument(help="'tiny' or a checkpoint folder")],
-    text: Annotated[str, typer.Option(help="embedded | a text file")] = "embedded",
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    text: Annotated[str, typer.Option(help="embedded | wikitext2 | a text file")] = "embedded",
     seqlen: Annotated[int | None, typer.Option(help="tokens in a window")] = None,
-    limit: Annotated[int | None, typer.Option(help="at most this many windows")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="at most this many windows, or examples of a task")
+    ] = None,
     compare: Annotated[
         bool, typer.Option(help="also the dense source and its pruned, unrepaired form")
     ] = True,
-    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    stream: Annotated[
+        bool, typer.Option(help="one decoder block at a time, for models larger than memory")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks a,b instead of perplexity")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="folder of task YAML files, instead of lm-eval's own")
+    ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16 | float16")] = "float32",
+    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
 ) -> None:
-    """Perplexity of a model; of a compressed one, beside its source's, dense and pruned."""
+    """Perplexity of a model, of a compressed one beside its source's; or its scores on tasks."""
     import torch
 
     from slr import checkpoint, data
-    from slr.compress import pruned_source
 
-    folder = checkpoint.resolve(model)
+    folder, device = checkpoint.resolve(model), _device(device)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is unknown; it must be float32, bfloat16 or float16")
+    if tasks is not None:
+        _tasks(model, folder, tasks.split(","), limit, task_folder, device, dtype, json_output)
+        return
     content = data.load_text(text)
     seqlen = seqlen or checkpoint.context(folder)
     windows = data.windows(content, checkpoint.load_tokenizer(folder), seqlen, limit)
     _say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
-    loaded = slr.load(folder, dtype=torch.float32)
     notes = checkpoint.about(folder)
-    values = {}
-    if notes is not None and compare:
-        try:
-            dense = slr.load(notes["source"], dtype=torch.float32)
-        except ValueError:
-            _say(f"(its source {notes['source']!r} is not here, so there is nothing to compare)")
-        else:
-            values["dense"] = slr.perplexity(dense, windows, progress="dense")
-            if notes["recipe"]["refine"] != "none":
-                pruned_source(dense, loaded)
-                values["pruned"] = slr.perplexity(dense, windows, progress="pruned")
+    options = {"device": device, "dtype": getattr(torch, dtype)}
     name = "dense" if notes is None else _name(notes["recipe"]["refine"])
-    values[name] = slr.perplexity(loaded, windows, progress=name)
+    if stream:
+        values = _streamed_perplexities(folder, notes if compare else None, windows, name, options)
+    else:
+        values = _perplexities(folder, notes if compare else None, windows, name, options)
     if json_output:
-        print(json.dumps({"windows": windows.shape[0], "seqlen": seqlen, "perplexity": values}))
+        about = {"model": model, "text": text, "windows": windows.shape[0], "seqlen": seqlen}
+        print(json.dumps({**about, "dtype": dtype, "perplexity": values, **provenance()}))
         return
     print(_table([(key, f"{value:.3f}") for key, value in values.items()]))
 
 
+def _source(notes: dict) -> Path | None:
+    from slr import checkpoint
+
+    try:
+        return checkpoint.resolve(notes["source"])
+    except ValueError:
+        _say(f"(its source {notes['source']!r} is not here, so there is nothing to compare)")
+        return None
+
+
+def _perplexities(
+    folder: Path, notes: dict | None, windows: Tensor, name: str, options: dict
+) -> dict[str, float]:
+    from slr.compress import pruned_source
+
+    loaded = slr.load(folder, dtype=options["dtype"])
+    values = {}
+    source = None if notes is None else _source(notes)
+    if notes is not None and source is not None:
+        dense = slr.load(source, dtype=options["dtype"])
+        _move(dense, options["device"])
+        values["dense"] = slr.perplexity(dense, windows, progress="dense")
+        if notes["recipe"]["refine"] != "none":
+            pruned_source(dense, loaded)
+            values["pruned"] = slr.perplexity(dense, windows, progress="pruned")
+        del dense
+    _move(loaded, options["device"])
+    values[name] = slr.perplexity(loaded, windows, progress=name)
+    return values
+
+
+def _streamed_perplexities(
+    folder: Path, notes: dict | None, windows: Tensor, name: str, options: dict
+) -> dict[str, float]:
+    values = {}
+    source = None if notes is None else _source(notes)
+    if source is not None:
+        values["dense"] = slr.perplexity(source, windows, progress="dense", stream=True, **options)
+    values[name] = slr.perplexity(folder, windows, progress=name, stream=True, **options)
+    return values
+
+
+def _tasks(
+    model: str, folder: Path, names: list[str], limit: int | None, task_folder: Path | None,
+    device: str, dtype: str, json_output: bool,
+) -> None:  # fmt: skip
+    import torch
+
+    from slr import checkpoint
+    from slr.evaluate import tasks
+
+    _say(f"{model}: lm-eval tasks {', '.join(names)}")
+    loaded = slr.load(folder, dtype=getattr(torch, dtype))
+    _move(loaded, device)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    found = tasks(
+        loaded, tokenizer, names, limit=limit, folder=task_folder, seqlen=checkpoint.context(folder)
+    )
+    if json_output:
+        print(json.dumps({"model": model, "tasks": found, **provenance()}, default=str))
+        return
+    rows = [
+        (f"{task} {metric.removesuffix(',none')}", f"{value:.4f}")
+        for task, scores in found.items()
+        for metric, value in scores.items()
+        if isinstance(value, float)
+    ]
+    print(_table(rows))
+
+
+def _move(model: Any, device: str) -> None:
+    """Move a model; transformers' own `to` refuses what it takes for quantised models."""
+    from torch import nn
+
+    nn.Module.to(model, device)
+
+
 def _name(repair: str) -> str:
     return {"none": "pruned", "svd": "SVD repair"}.get(repair, "refined")
+
+
+@app.command()
+@_one_line_errors
+def info(
+    model: Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")],
+    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+) -> None:
+    """What is in a checkpoint: recipe, sizes, errors by kind of layer."""
+    from slr import checkpoint
+    from slr.card import by_kind
+
+    folder = checkpoint.resolve(model)
+    notes, megabytes = checkpoint.about(folder), _megabytes(folder)
+    if notes is None:
+        if json_output:
+            print(json.dumps({"model": model, "compressed": False, "MB": megabytes}))
+        else:
+            print(_table([("model", f"{model} (dense)"), ("weights", f"{megabytes:.1f} MB")]))
+        return
+    layers = notes["layers"]
+    dense = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+    now = sum(la["kept"] + la["rank"] * sum(la["shape"]) for la in layers.values())
+    if json_output:
+        sizes = {"MB": megabytes, "parameters_before": dense, "parameters": now}
+        print(json.dumps({"model": model, "compressed": True, **sizes, **notes}))
+        return
+    recipe = {k: v for k, v in notes["recipe"].items() if v not in (None, [], {}, False)}
+    rows = [
+        ("source", notes["source"]),
+        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.items())),
+        ("weights", f"{megabytes:.1f} MB"),
+        ("parameters of compressed layers", f"{dense:,} -> {now:,} ({now / dense:.3f})"),
+    ]
+    print(_table(rows) + "\n")
+    print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")
+    for kind, row in by_kind(layers).items():
+        low, high = row["ranks"][0], row["ranks"][-1]
+        span = str(low) if low == high else f"{low}-{high}"
+        output = "" if row["output_error"] is None else f"{row['output_error']:.4f}"
+        print(
+            f"{kind:<12} {row['number']:>6} {span:>9} {row['pruned_error']:>8.4f} "
+            f"{row['error']:>8.4f} {output:>8}"
+        )
+
+
+@app.command("export")
+@_one_line_errors
+def export_(
+    model: Annotated[str, typer.Argument(help="a compressed folder")],
+    to: Annotated[str, typer.Option(help=" | ".join(FORMS))],
+    out: Annotated[Path, typer.Option(help="folder to make")],
+) -> None:
+    """Write a compressed model for other programs: base + LoRA adapter, or dense."""
+    from slr.export import export
+
+    _say(f"{model} -> {out}: {to}")
+    export(model, out, to)
+    rows = [("weights", f"{_megabytes(out):.1f} MB")]
+    if to == "peft":
+        rows.append(("adapter", f"{_megabytes(out / 'adapter'):.1f} MB in {out / 'adapter'}"))
+    print(_table(rows))
 
 
 def main() -> None:

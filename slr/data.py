@@ -13,13 +13,14 @@ Book: "How to use this book" and chapter 1.
 import functools
 import hashlib
 import importlib
+import random
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-__all__ = ["corpus", "documents", "held_out", "load_text", "windows"]
+__all__ = ["calibration", "corpus", "documents", "held_out", "load_text", "windows"]
 
 # Missing from some installations (Debian splits them off, newer Pythons drop them), generated
 # tables, or code of somebody else: never part of the validation or calibration text.
@@ -110,24 +111,86 @@ def corpus(split: str) -> str:
 
 
 def load_text(source: str, split: str = "validation") -> str:
-    """Text by name: ``"embedded"`` or the path of a UTF-8 text file.
+    """Text by name.
 
     Args:
-        source: ``"embedded"`` or a path.
-        split: which part of the embedded corpus; ignored for a file.
+        source: ``"embedded"``, ``"wikitext2"`` (needs ``datasets`` and the network or its
+            cache), or the path of a UTF-8 text file.
+        split: ``"validation"`` or ``"calibration"``; for WikiText-2 its test and train split;
+            ignored for a file.
 
     Raises:
         ValueError: no such file, or it is not UTF-8 text.
+        RuntimeError: the data set cannot be had.
     """
     if source == "embedded":
         return corpus(split)
+    if source == "wikitext2":
+        part = "test" if split == "validation" else "train"
+        rows = _dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+        return "\n\n".join(row["text"] for row in rows)
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"text {source!r} is neither 'embedded' nor a text file")
+        raise ValueError(f"text {source!r} is neither 'embedded', 'wikitext2' nor a text file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
+
+
+def _dataset(*args, **options):
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise RuntimeError("this text needs `datasets`: pip install 'slr[eval]'") from None
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # whatever the network, the hub or the cache may say
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"data set {args[0]} cannot be had: {first}") from None
+
+
+def calibration(source: str, tokenizer, seqlen: int, samples: int, seed: int = 0) -> torch.Tensor:
+    """Token windows to calibrate on.
+
+    Args:
+        source: ``"c4"``, or as for :func:`load_text`, of which the first windows are taken.
+        tokenizer: a Hugging Face tokenizer.
+        seqlen: tokens in a window.
+        samples: number of windows.
+        seed: for ``"c4"``.
+
+    Returns:
+        int64 (samples, seqlen).
+
+    Raises:
+        ValueError: not enough text.
+        RuntimeError: the data set cannot be had.
+
+    Source: the protocol of SparseGPT and Wanda for C4: one window at a random place of each of
+        `samples` random documents that are longer than a window.  They draw documents from the
+        first file of the training set; here the stream is shuffled with a buffer of 10,000, so
+        that nothing is downloaded that is not used.
+    """
+    if source != "c4":
+        found = windows(load_text(source, "calibration"), tokenizer, seqlen, samples)
+    else:
+        rows = _dataset("allenai/c4", "en", split="train", streaming=True)
+        draw, chosen = random.Random(seed), []
+        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+            ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > seqlen:
+                start = draw.randrange(len(ids) - seqlen)
+                chosen.append(ids[start : start + seqlen])
+                if len(chosen) == samples:
+                    break
+        found = torch.tensor(chosen, dtype=torch.int64).view(len(chosen), seqlen)
+    if len(found) < samples:
+        raise ValueError(
+            f"text {source!r} has {len(found)} windows of {seqlen} tokens, fewer than the "
+            f"{samples} samples asked for; give more text, or fewer or shorter samples"
+        )
+    return found
 
 
 def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torch.Tensor:

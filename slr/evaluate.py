@@ -10,17 +10,18 @@ Book: chapter 1.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["perplexity"]
+__all__ = ["perplexity", "tasks"]
 
 TOKENS_AT_ONCE = 2048  # bounds the logits, tokens × vocabulary in float32
 
@@ -32,61 +33,165 @@ def perplexity(
     seqlen: int | None = None,
     limit: int | None = None,
     progress: str | None = None,
+    stream: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Perplexity of a model on a text.
 
     Args:
-        model: a causal language model, or a folder for :func:`slr.load` (read in float32).
+        model: a causal language model, or a folder for :func:`slr.load`.
         text: the text itself (then `model` must be a folder, which has the tokenizer), or token
             windows (count, seqlen) from :func:`slr.data.windows`.
         seqlen: tokens in a window, for a text; by default the model's longest context, 2048 at
             most.
         limit: at most this many windows; ``None`` takes all.
         progress: label of a progress bar on standard error, none if ``None``.
+        stream: read the folder one decoder block at a time, for models that do not fit in
+            memory.
+        device: where to compute, for a folder.
+        dtype: to compute in, for a folder.
 
     Returns:
         exp(mean negative log-likelihood), the loss in float32 and the sum in float64.
 
     Raises:
         ValueError: the text is shorter than one window, or a token is not in the vocabulary.
-        TypeError: a text was given with a model that has no tokenizer.
+        TypeError: a text was given with a model that has no tokenizer, or `stream` with a model
+            that is no folder.
 
     Cost: one forward pass; about 2 FLOPs a parameter and token.
     Source: protocol of GPTQ (Frantar et al. 2023), used by SparseGPT and Wanda.
     """
     from slr import checkpoint, data
 
+    folder = None
     if isinstance(model, str | Path):
         folder = checkpoint.resolve(model)
         if isinstance(text, str):
             tokenizer = checkpoint.load_tokenizer(folder)
             text = data.windows(text, tokenizer, seqlen or checkpoint.context(folder), limit)
-        model = checkpoint.load(folder, dtype=torch.float32)
+    elif stream:
+        raise TypeError("stream reads a folder, but a loaded model was given")
     if not isinstance(text, Tensor):
         raise TypeError("text is a str, but only a folder has a tokenizer; use slr.data.windows")
     if text.ndim != 2 or text.shape[1] < 2:
         raise ValueError(f"windows have shape {tuple(text.shape)}; they must be (count, seqlen)")
-    vocabulary = model.config.get_text_config().vocab_size
+    text = text if limit is None else text[:limit]
+    count = text.shape[0] * (text.shape[1] - 1)
+    if folder is not None and stream:
+        total = _streamed(folder, text, progress, device, dtype)
+    else:
+        loaded: Any = model
+        if folder is not None:
+            loaded = checkpoint.load(folder, dtype=dtype)
+            nn.Module.to(loaded, device)
+        total = _whole(loaded, text, progress)
+    return float(torch.exp(torch.tensor(total / count, dtype=torch.float64)))
+
+
+def _check_vocabulary(text: Tensor, config) -> None:
+    vocabulary = config.get_text_config().vocab_size
     if int(text.max()) >= vocabulary:
         raise ValueError(
             f"the windows hold token {int(text.max())}, but the model has {vocabulary}; "
             "was the text tokenised for another model?"
         )
-    text = text if limit is None else text[:limit]
 
+
+def _loss(logits: Tensor, ids: Tensor) -> float:
+    """Summed negative log-likelihood of all tokens but the first of each window."""
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )
+    return float(loss.double())
+
+
+@torch.inference_mode()
+def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
+    _check_vocabulary(text, model.config)
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0
     rows = max(1, TOKENS_AT_ONCE // text.shape[1])
-    bar = tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch")
-    with torch.inference_mode():
-        for ids in bar:
-            ids = ids.to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-            )
-            total += loss.double().cpu()
+    for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
+        ids = ids.to(model.device)
+        total += _loss(model(input_ids=ids, use_cache=False).logits, ids)
     model.train(was_training)
-    count = text.shape[0] * (text.shape[1] - 1)
-    return float(torch.exp(total / count))
+    return total
+
+
+@torch.inference_mode()
+def _streamed(
+    folder: Path, text: Tensor, progress: str | None, device: str, dtype: torch.dtype
+) -> float:
+    from slr.calibrate import first_inputs, logits
+    from slr.stream import Stream
+
+    stream = Stream(folder, device, dtype)
+    _check_vocabulary(text, stream.config)
+    outside = stream.outside()
+    for name, module in outside.items():
+        stream.fill(name, module)
+    rows = max(1, TOKENS_AT_ONCE // text.shape[1])
+    with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
+        inputs = first_inputs(stream.model, text, rows, Path(scratch))
+        blocks = range(len(stream.blocks))
+        for index in tqdm(blocks, desc=progress, disable=progress is None, unit="block"):
+            name, block = stream.block(index)
+            stream.fill(name, block)
+            inputs.run(index, block, keep=True)
+            stream.empty(block)
+        total = 0.0
+        for ids, hidden in zip(text.split(rows), inputs.hidden.split(rows), strict=True):
+            ids = ids.to(device)
+            total += _loss(logits(stream.model, ids, hidden.to(device)), ids)
+    return total
+
+
+def tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seqlen: int | None = None,
+    folder: str | Path | None = None,
+) -> dict:
+    """Scores on tasks of the lm-evaluation-harness.
+
+    Args:
+        model: dense, compressed, or with a PEFT adapter.
+        tokenizer: of the model.
+        names: of tasks.
+        limit: at most this many examples of each.
+        batch_size: examples at once.
+        seqlen: longest input in tokens; the model's own when ``None``.
+        folder: of task YAML files to take the tasks from, instead of the harness's own.
+
+    Returns:
+        ``{task: {metric: value}}``, standard errors included.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: an unknown task.
+
+    Source: Gao et al., lm-evaluation-harness.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        manager = TaskManager()
+    else:
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(f"task {unknown[0]!r} is unknown to lm-eval")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen)
+    found = lm_eval.simple_evaluate(
+        model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
+    )
+    return {task: dict(scores) for task, scores in found["results"].items()}

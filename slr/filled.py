@@ -19,10 +19,11 @@ from torch import Tensor
 
 from slr.lowrank import LowRank, ritz, truncated_svd
 
-__all__ = ["OVERSAMPLING", "WARMUP", "Factors", "Filled", "FullSVD", "Subspace", "row_blocks"]
+__all__ = ["Factors", "Filled", "FullSVD", "Subspace", "fast_bfloat16", "keep_", "row_blocks"]
 
 OVERSAMPLING = 8  # directions that the power steps carry beyond the rank
 WARMUP = 3  # power steps on the first L, and again on the last
+POLISH = 10  # last iterations of a ramp, which take two: what it added last has to settle
 CLOSE = 0.1  # ‖L - [L]_r‖ / ‖L‖ below which bfloat16's rounding of 2^-9 an entry would show
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of L that exist at a time: cache, occupancy
 LARGE = 1 << 20  # entries of a matrix from which bfloat16 pays
@@ -136,8 +137,8 @@ class FullSVD:
     def __init__(self, filled: Filled) -> None:
         self.filled = filled
 
-    def __call__(self, fill: Factors | None, rank: int) -> tuple[LowRank, float]:
-        """The leading `rank` triplets of L, and ‖L - [L]_r‖_F."""
+    def __call__(self, fill: Factors | None, rank: int, steps: int = 1) -> tuple[LowRank, float]:
+        """The leading `rank` triplets of L, and ‖L - [L]_r‖_F; `steps` is without meaning here."""
         L = self.filled.dense(fill)
         low = truncated_svd(L, rank)
         return low, _tail(L.double().square().sum(), low)[0]
@@ -179,8 +180,13 @@ class Subspace:
         for _ in range(WARMUP - 1):
             self(None, rank)
 
-    def __call__(self, fill: Factors | None, rank: int) -> tuple[LowRank, float]:
-        """The leading `rank` triplets of L that one step finds, and ‖L - [L]_r‖_F."""
+    def __call__(self, fill: Factors | None, rank: int, steps: int = 1) -> tuple[LowRank, float]:
+        """The leading `rank` triplets of L that so many steps find, and ‖L - [L]_r‖_F."""
+        for _ in range(steps):
+            low, tail = self._step(fill, rank)
+        return low, tail
+
+    def _step(self, fill: Factors | None, rank: int) -> tuple[LowRank, float]:
         norm2 = self.Z.new_zeros((), dtype=torch.float64)
         V = self.V.to(self.filled.dtype)
         self.Z.zero_()

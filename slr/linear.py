@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from slr.checks import check_mask, check_matrix
+from slr.packing import pack_mask, unpack
 from slr.patterns import Pattern, parse
 from slr.refine import Refined
 
@@ -68,6 +69,9 @@ class SLRLinear(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     mask: Tensor
+    values: Tensor
+    bitmask: Tensor
+    _shape: tuple[int, int]
 
     @classmethod
     def from_refined(
@@ -86,6 +90,54 @@ class SLRLinear(nn.Module):
         """
         S, B, A, _trace, mask = refined
         return cls(S, B, A, bias, mask=mask, pattern=pattern)
+
+    @classmethod
+    def placeholder(
+        cls,
+        shape: tuple[int, int],
+        rank: int,
+        kept: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        pattern: str | Pattern | None = None,
+    ) -> SLRLinear:
+        """A layer to be filled by a loader, with the parameters of :meth:`packed`.
+
+        It cannot run before :meth:`unpack_`.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        m, n = shape
+
+        def room(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), False)
+
+        layer.values, layer.B, layer.A = room(kept), room(m, rank), room(rank, n)
+        layer.bias = room(m) if bias else None
+        bits = torch.empty((m * n + 7) // 8, dtype=torch.uint8, device=device)
+        layer.register_buffer("bitmask", bits)
+        layer.pattern = None if pattern is None else parse(pattern)
+        layer._shape = (m, n)
+        return layer
+
+    def packed(self) -> dict[str, Tensor]:
+        """What is stored: ``values``, ``bitmask``, ``B``, ``A`` and ``bias`` if there is one."""
+        stored = {"values": self.weight.data[self.mask], "bitmask": pack_mask(self.mask)}
+        stored |= {"B": self.B.data, "A": self.A.data}
+        return stored if self.bias is None else {**stored, "bias": self.bias.data}
+
+    def unpack_(self) -> SLRLinear:
+        """Make a filled placeholder a layer that runs, in place; returns it.
+
+        Raises:
+            ValueError: its values and bitmask do not belong together.
+        """
+        S, mask = unpack(self.values.data, self.bitmask, self._shape)
+        del self.values, self.bitmask, self._shape
+        self.weight = nn.Parameter(S)
+        self.register_buffer("mask", mask, persistent=False)
+        return self
 
     @property
     def in_features(self) -> int:

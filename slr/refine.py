@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from slr.checks import check_mask, check_matrix, check_rank
-from slr.filled import Factors, Filled, FullSVD, Subspace, keep_, row_blocks
+from slr.filled import POLISH, Factors, Filled, FullSVD, Subspace, keep_, row_blocks
 from slr.lowrank import truncated_svd
 from slr.metric import Diagonal, Gram, Identity, Metric
 from slr.patterns import Pattern, parse
@@ -241,8 +241,8 @@ def _iterate(
     theta = 1.0
     fill: Factors | None = None
     previous: Factors | None = None
-    for r in ramp(rank, iterations) if paper else [rank] * iterations:
-        low, error = leading(fill, r)
+    for t, r in enumerate(ramp(rank, iterations) if paper else [rank] * iterations):
+        low, error = leading(fill, r, steps=1 + (paper and t >= iterations - POLISH))
         steps.append(Step(r, error))
         B, A = low.factors()
         if paper or previous is None:

@@ -1,0 +1,38 @@
+"""Where a measurement comes from: versions, machine, date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from datetime import datetime, timezone
+
+import torch
+
+__all__ = ["provenance"]
+
+PACKAGES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "peft")
+
+
+def provenance() -> dict:
+    """Versions of slr and what it stands on, processor, threads, GPU and UTC date.
+
+    >>> sorted(provenance())
+    ['date', 'gpu', 'processor', 'python', 'threads', 'versions']
+    """
+    import slr
+
+    versions = {"slr": slr.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
