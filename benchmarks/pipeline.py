@@ -159,14 +159,17 @@ def main() -> None:
     if process.returncode:
         raise SystemExit(process.returncode)
     told = json.loads(said)
-    rows |= {f"of it {stage}, s": seconds for stage, seconds in told["stages"].items()}
+    rows["of it pruning and refining, s"] = told["layer_seconds"]
+    rows["of it start, reading, calibration, writing, s"] = (
+        rows["compress, s"] - told["layer_seconds"]
+    )
     rows["layers"] = told["layers"]
     rows["mean relative error, pruned"] = told["pruned_error"]
     rows["mean relative error"] = told["error"]
     rows["peak resident, GB"] = watch.resident / 1e9
     rows["of it anonymous, GB"] = watch.anonymous / 1e9
-    rows["read, GB"] = watch.traffic.get("rchar", 0) / 1e9
-    rows["written, GB"] = watch.traffic.get("wchar", 0) / 1e9
+    rows["read from disk, not cache, GB"] = watch.traffic.get("read_bytes", 0) / 1e9
+    rows["written to disk, GB"] = watch.traffic.get("write_bytes", 0) / 1e9
 
     started = time.perf_counter()
     stream = Stream(target)

@@ -143,7 +143,8 @@ def compress(
     }
     sizes = {"dense_MB": _megabytes(source), "compressed_MB": _megabytes(out)}
     if json_output:
-        print(json.dumps({"layers": len(layers), "seconds": seconds, **mean, **sizes}))
+        times = {"seconds": seconds, "layer_seconds": sum(layer.seconds for layer in layers)}
+        print(json.dumps({"layers": len(layers), **times, **mean, **sizes, **provenance()}))
         return
     print(
         _table(

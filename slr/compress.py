@@ -155,7 +155,10 @@ def compress_block(
         errors: tuple[float, float, float | None] = (0.0, 0.0, None)
         if ranks.rank() == owner:
             found = statistics.get(inner)
-            refined = compress_layer(linear.weight.data, recipe, found, seed + number)
+            try:
+                refined = compress_layer(linear.weight.data, recipe, found, seed + number)
+            except ValueError as error:
+                raise ValueError(f"{name}.{inner}: {error}") from None
             errors = _errors(linear.weight.data, refined, found)
         if ranks.world() > 1:
             refined, errors = ranks.share(linear.weight, recipe.rank or 0, refined, errors, owner)

@@ -117,10 +117,14 @@ class Journal:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
+        if error is not None and not self.entries:
+            shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            kept = (
+                f"what is done is kept in {self.folder}: make room and give the same command again"
+            )
             raise OSError(
-                f"no space left for {self.folder}; what is done is kept there: "
-                "make room and give the same command again to go on"
+                f"no space left for {self.out}; {kept if self.entries else 'nothing is written'}"
             ) from None
 
     def _take_lock(self) -> None:

@@ -46,9 +46,19 @@ def test_wanda_and_json(small, tmp_path):
         (["compress", "tiny", "--out", "X", "--group", "tree"], "group is 'tree'"),
         (["compress", "tiny", "--out", "X", "--device", "tpu"], "device 'tpu'"),
         (["compress", "tiny", "--out", "X", "--calibration", "nowhere"], "'nowhere'"),
-        (["compress", "no-such-folder", "--out", "X"], "neither 'tiny' nor a folder"),
+        (["compress", "no-such-folder", "--out", "X"], "neither 'tiny', nor a folder"),
         (["compress", ".", "--out", "X"], "no config.json"),
         (["compress", "tiny", "--out", "taken"], "exists already"),
+        (
+            ["compress", "tiny", "--out", "X", "--skip", "*.w1"],
+            "'*.w1' in the recipe fits no layer",
+        ),
+        (["compress", "tiny", "--out", "X", "--override", "*.w1"], "is not NAME:option=value"),
+        (["compress", "tiny", "--out", "X", "--override", "*:size=1"], "option 'size'"),
+        (["compress", "tiny", "--out", "X", "--samples", "9999"], "fewer than the 9999 samples"),
+        (["info", "nowhere"], "neither 'tiny', nor a folder"),
+        (["export", "tiny", "--to", "dense", "--out", "X"], "is not compressed"),
+        (["eval", "tiny", "--dtype", "int8"], "dtype 'int8'"),
         (["eval", "tiny", "--text", "short.txt"], "fewer than one window"),
         (["eval", "tiny", "--seqlen", "1"], "seqlen is 1"),
     ],
@@ -70,7 +80,7 @@ def test_a_failure_in_work_is_one_line_and_code_1(small, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("slr.checkpoint.save_file", full)
+    monkeypatch.setattr("slr.journal.save_file", full)
     done = run(
         "compress", small, "--out", tmp_path / "x", "--prune", "magnitude", "--iterations", 1
     )
@@ -90,8 +100,43 @@ def test_broken_weights_are_one_line_and_code_2(small, tmp_path):
     save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     done = run("compress", tmp_path / "nan", "--out", tmp_path / "x", "--prune", "magnitude")
     assert done.exit_code == 2
-    assert "1 non-finite" in done.stderr
+    assert "model.layers.0.mlp.up_proj: weight holds 1 non-finite" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_info_and_export(small, tmp_path):
+    out = tmp_path / "x"
+    options = ["--prune", "magnitude", "--iterations", 2, "--skip", "*.o_proj"]
+    options += ["--override", "*.q_proj:rank=4,pattern=0.25"]
+    assert run("compress", small, "--out", out, *options).exit_code == 0
+    done = run("info", out)
+    assert done.exit_code == 0, done.output
+    kinds = [line.split()[0] for line in done.stdout.split("\n\n")[1].splitlines()[1:]]
+    assert sorted(kinds) == sorted(
+        ["all", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    told = json.loads(run("info", out, "--json").stdout)
+    q = told["layers"]["model.layers.0.self_attn.q_proj"]
+    assert (q["rank"], q["kept"], q["pattern"]) == (4, 48 * 64, "0.25")
+    assert told["parameters"] < told["parameters_before"]
+    assert "dense" in run("info", small).stdout
+    done = run("export", out, "--to", "peft", "--out", tmp_path / "peft")
+    assert done.exit_code == 0, done.output
+    assert "adapter" in done.stdout
+    card = (out / "README.md").read_text()
+    assert "| skip | ['*.o_proj'] |" in card
+    assert "| q_proj | 2 | 4 |" in card
+
+
+def test_eval_streamed_is_eval(small, tmp_path):
+    out = tmp_path / "x"
+    run("compress", small, "--out", out, "--prune", "magnitude", "--iterations", 2)
+    options = ["--limit", 3, "--seqlen", 32, "--json"]
+    whole = json.loads(run("eval", out, *options).stdout)
+    streamed = json.loads(run("eval", out, *options, "--stream").stdout)
+    for name, value in streamed["perplexity"].items():
+        assert whole["perplexity"][name] == pytest.approx(value, rel=1e-4)
+    assert set(whole["versions"]) >= {"slr", "torch", "transformers"}
 
 
 def test_import_is_light():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import slr
-from slr.data import corpus, documents, held_out, load_text, windows
+from slr.data import calibration, corpus, documents, held_out, load_text, windows
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_text_from_a_file(tmp_path):
     ("call", "says"),
     [
         (lambda t: corpus("test"), "split is 'test'"),
-        (lambda t: load_text("no/such/file"), "neither 'embedded' nor a text file"),
+        (lambda t: load_text("no/such/file"), "neither 'embedded', 'wikitext2' nor a text file"),
         (lambda t: windows("short", t, 512), "fewer than one window of seqlen 512"),
         (lambda t: windows("short", t, 1), "seqlen is 1"),
         (lambda t: windows("short", t, 2, limit=0), "limit is 0"),
@@ -70,3 +70,60 @@ def test_text_from_a_file(tmp_path):
 def test_bad_input_is_named(call, says, tokenizer):
     with pytest.raises(ValueError, match=re.escape(says)):
         call(tokenizer)
+
+
+def test_calibration_takes_the_first_windows_of_a_text(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text(corpus("calibration")[:9000])
+    found = calibration(str(tmp_path / "text.txt"), tokenizer, 64, 5)
+    assert torch.equal(found, windows(corpus("calibration")[:9000], tokenizer, 64)[:5])
+    with pytest.raises(ValueError, match="fewer than the 500 samples"):
+        calibration(str(tmp_path / "text.txt"), tokenizer, 64, 500)
+
+
+class Rows(list):
+    """What `datasets` streams."""
+
+    def shuffle(self, seed, buffer_size):
+        import random
+
+        assert buffer_size == 10_000
+        return random.Random(seed).sample(self, len(self))
+
+
+def test_c4_windows_are_of_long_documents_and_follow_the_seed(tokenizer, monkeypatch):
+    texts = [text[:3000] for text in list(documents().values())[:40]] + ["short"] * 40
+    rows = Rows({"text": text} for text in texts)
+
+    def dataset(name, part, split, streaming):
+        assert (name, part, split, streaming) == ("allenai/c4", "en", "train", True)
+        return rows
+
+    monkeypatch.setattr("slr.data._dataset", dataset)
+    found = calibration("c4", tokenizer, 128, 7, seed=3)
+    assert found.shape == (7, 128)
+    assert torch.equal(found, calibration("c4", tokenizer, 128, 7, seed=3))
+    assert not torch.equal(found, calibration("c4", tokenizer, 128, 7, seed=4))
+    for window in found:
+        inside = tokenizer.decode(window[8:-8])
+        assert any(inside in text for text in texts)
+    with pytest.raises(ValueError, match="fewer than the 41 samples"):
+        calibration("c4", tokenizer, 128, 41)
+
+
+def test_wikitext_is_joined_as_everybody_does(monkeypatch):
+    seen = []
+
+    def dataset(name, part, split):
+        seen.append((name, part, split))
+        return [{"text": " = A = \n"}, {"text": ""}, {"text": "words"}]
+
+    monkeypatch.setattr("slr.data._dataset", dataset)
+    assert load_text("wikitext2") == " = A = \n\n\n\n\nwords"
+    load_text("wikitext2", "calibration")
+    assert [s[2] for s in seen] == ["test", "train"]
+
+
+def test_a_data_set_that_cannot_be_had_is_one_line(tokenizer):
+    with pytest.raises(RuntimeError, match=r"data set allenai/c4 cannot be had: .+") as error:
+        calibration("c4", tokenizer, 16, 2)
+    assert "\n" not in str(error.value)
