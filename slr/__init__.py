@@ -10,8 +10,9 @@ then loads and saves compressed models like any other.
 
 from slr import data, patterns, plugin, tiny
 from slr.checkpoint import load, load_tokenizer
-from slr.compress import LayerReport, compress, compress_model
+from slr.compress import compress, compress_model
 from slr.evaluate import perplexity
+from slr.layers import LayerReport
 from slr.linear import SLRLinear
 from slr.metric import Diagonal, Gram, Identity
 from slr.prune import Pruned, prune

@@ -47,12 +47,13 @@ COPIED = (
 SAMPLES, SAMPLE = 16, 1 << 16  # places of a file that its fingerprint reads, bytes at each
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, download: bool = True) -> Path:
     """The folder of a checkpoint.
 
     Args:
         model: ``"tiny"`` for the embedded model, a folder, or ``OWNER/NAME`` on the Hugging
             Face hub, which is downloaded to its cache (safetensors and small files only).
+        download: whether it may be; else only what is in the cache counts.
 
     Raises:
         ValueError: there is no such thing, or it is no safetensors checkpoint.
@@ -65,7 +66,7 @@ def resolve(model: str | Path) -> Path:
             raise ValueError(
                 f"model {str(model)!r} is neither 'tiny', nor a folder, nor a hub name OWNER/NAME"
             )
-        folder = _download(str(model))
+        folder = _from_hub(str(model), download)
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder {folder} is no checkpoint: it has no config.json")
     if not any(folder.glob("*.safetensors")):
@@ -73,13 +74,14 @@ def resolve(model: str | Path) -> Path:
     return folder
 
 
-def _download(name: str) -> Path:
+def _from_hub(name: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     allow = ["*.safetensors", "*.json", *COPIED]
     try:
-        return Path(snapshot_download(name, allow_patterns=allow))
+        found = snapshot_download(name, allow_patterns=allow, local_files_only=not download)
+        return Path(found)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

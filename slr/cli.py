@@ -25,7 +25,7 @@ from slr.recipe import REPAIRS, Recipe
 from slr.refine import SCHEDULES
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = ["app", "main"]
 
@@ -231,59 +231,17 @@ def evaluate(
     windows = data.windows(content, checkpoint.load_tokenizer(folder), seqlen, limit)
     _say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
     notes = checkpoint.about(folder)
-    options = {"device": device, "dtype": getattr(torch, dtype)}
-    name = "dense" if notes is None else _name(notes["recipe"]["refine"])
-    if stream:
-        values = _streamed_perplexities(folder, notes if compare else None, windows, name, options)
-    else:
-        values = _perplexities(folder, notes if compare else None, windows, name, options)
+    values = slr.evaluate.compare(
+        folder, windows, source=compare, stream=stream, device=device,
+        dtype=getattr(torch, dtype), progress=True,
+    )  # fmt: skip
+    if notes is not None and compare and "dense" not in values:
+        _say(f"(its source {notes['source']!r} is not here, so there is nothing to compare)")
     if json_output:
         about = {"model": model, "text": text, "windows": windows.shape[0], "seqlen": seqlen}
         print(json.dumps({**about, "dtype": dtype, "perplexity": values, **provenance()}))
         return
     print(_table([(key, f"{value:.3f}") for key, value in values.items()]))
-
-
-def _source(notes: dict) -> Path | None:
-    from slr import checkpoint
-
-    try:
-        return checkpoint.resolve(notes["source"])
-    except ValueError:
-        _say(f"(its source {notes['source']!r} is not here, so there is nothing to compare)")
-        return None
-
-
-def _perplexities(
-    folder: Path, notes: dict | None, windows: Tensor, name: str, options: dict
-) -> dict[str, float]:
-    from slr.compress import pruned_source
-
-    loaded = slr.load(folder, dtype=options["dtype"])
-    values = {}
-    source = None if notes is None else _source(notes)
-    if notes is not None and source is not None:
-        dense = slr.load(source, dtype=options["dtype"])
-        _move(dense, options["device"])
-        values["dense"] = slr.perplexity(dense, windows, progress="dense")
-        if notes["recipe"]["refine"] != "none":
-            pruned_source(dense, loaded)
-            values["pruned"] = slr.perplexity(dense, windows, progress="pruned")
-        del dense
-    _move(loaded, options["device"])
-    values[name] = slr.perplexity(loaded, windows, progress=name)
-    return values
-
-
-def _streamed_perplexities(
-    folder: Path, notes: dict | None, windows: Tensor, name: str, options: dict
-) -> dict[str, float]:
-    values = {}
-    source = None if notes is None else _source(notes)
-    if source is not None:
-        values["dense"] = slr.perplexity(source, windows, progress="dense", stream=True, **options)
-    values[name] = slr.perplexity(folder, windows, progress=name, stream=True, **options)
-    return values
 
 
 def _tasks(
@@ -319,10 +277,6 @@ def _move(model: Any, device: str) -> None:
     from torch import nn
 
     nn.Module.to(model, device)
-
-
-def _name(repair: str) -> str:
-    return {"none": "pruned", "svd": "SVD repair"}.get(repair, "refined")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Compress a model: one layer, one decoder block, a loaded model, a checkpoint folder of any size.
+"""Compress a model: a loaded one in place, or a checkpoint folder of any size into another.
 
 Every linear layer of every decoder block is pruned and repaired; embeddings, norms and the
 output head stay as they are.  A checkpoint is streamed: no more than one block, its calibration
@@ -10,26 +10,22 @@ Book: chapter 2.
 from __future__ import annotations
 
 import fnmatch
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from slr import plugin, ranks
-from slr.calibrate import BlockInputs, first_inputs, observe
-from slr.filled import row_blocks
+from slr.calibrate import BlockInputs, first_inputs
+from slr.layers import LayerReport, compress_block
 from slr.linear import SLRLinear
-from slr.metric import Diagonal, Gram, Metric
 from slr.patterns import parse
-from slr.prune import prune
 from slr.recipe import Recipe
-from slr.refine import Refined, refine, svd_repair
-from slr.statistics import GramStatistic, NormStatistic
 from slr.stream import Stream, blocks_name, decoder_blocks
 
 if TYPE_CHECKING:
@@ -37,173 +33,7 @@ if TYPE_CHECKING:
 
     from slr.journal import Journal
 
-__all__ = [
-    "LayerReport",
-    "compress",
-    "compress_block",
-    "compress_layer",
-    "compress_model",
-    "pruned_source",
-]
-
-Statistic = NormStatistic | GramStatistic
-
-
-class LayerReport(NamedTuple):
-    """What was done to one layer.
-
-    `error` and `pruned_error` are ‖W - S - B A‖_F / ‖W‖_F after and before the repair;
-    `output_error` is ‖(W - S - B A) X‖_F / ‖W X‖_F on the calibration text, if the recipe needed
-    the second moments of X; `rank` is 0 without a repair; `kept` counts the entries of S;
-    `seconds` is wall time.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    rank: int
-    kept: int
-    bias: bool
-    pruned_error: float
-    error: float
-    output_error: float | None
-    seconds: float
-
-    def stored(self) -> dict:
-        """All but name and time, which would make equal results differ."""
-        return {k: v for k, v in self._asdict().items() if k not in ("name", "seconds")}
-
-
-def compress_layer(
-    weight: Tensor, recipe: Recipe, statistic: Statistic | None = None, seed: int = 0
-) -> Refined:
-    """Prune and repair one matrix by a recipe (whose `rank` is definite).
-
-    Args:
-        weight: (m, n).
-        recipe: what to do.
-        statistic: of the layer's inputs, of the kind that ``recipe.statistic`` names.
-        seed: for a random mask and the solver's start.
-
-    Returns:
-        S, B, A and the mask; without repair the factors have rank 0 and the trace is empty.
-    """
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    pattern = parse(recipe.pattern, recipe.group)
-    gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
-    norm = None if statistic is None else statistic.norm()
-    mask, kept = prune(
-        weight, recipe.prune, pattern, activation_norm=norm, gram=gram, generator=generator
-    )
-    if recipe.refine == "none":
-        (m, n), trace = weight.shape, ()
-        return Refined(kept, weight.new_zeros(m, 0), weight.new_zeros(0, n), trace, mask)
-    assert recipe.rank is not None
-    if recipe.refine == "svd":
-        return svd_repair(weight, mask, recipe.rank, sparse=kept)
-    metric: Metric | None = None
-    if recipe.refine == "diagonal" and norm is not None:
-        metric = Diagonal(norm)
-    elif recipe.refine == "activations" and gram is not None:
-        metric = Gram(gram)
-    return refine(
-        weight, mask, recipe.rank, metric=metric,
-        iterations=recipe.iterations, schedule=recipe.schedule, generator=generator,
-        update_mask=pattern if recipe.update_mask else None,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def compress_block(
-    name: str,
-    block: nn.Module,
-    index: int,
-    plan: dict[str, Recipe],
-    inputs: BlockInputs | None = None,
-    *,
-    seed: int = 0,
-    bar: tqdm | None = None,
-) -> list[LayerReport]:
-    """Compress one decoder block in place: each linear in `plan` becomes `SLRLinear`.
-
-    Args:
-        name: of the block in its model.
-        block: its weights are on the device to compute on.
-        index: its number.
-        plan: resolved recipe by name within the block.
-        inputs: of this block, if a recipe needs data.
-        seed: of the first layer; the others count on.
-        bar: to advance.
-
-    Returns:
-        One :class:`LayerReport` for each layer.
-    """
-    linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear) and k in plan}
-    statistics: dict[str, Statistic] = {}
-    needs = [recipe.statistic for recipe in plan.values()]
-    kind = GramStatistic if GramStatistic in needs else NormStatistic
-    if inputs is not None and any(needs):
-        with observe(linears, kind) as statistics:
-            inputs.run(index, block, keep=False)
-        for statistic in {id(s): s for s in statistics.values()}.values():
-            ranks.all_reduce(statistic)
-    reports = []
-    for number, (inner, linear) in enumerate(linears.items()):
-        started, recipe = time.perf_counter(), plan[inner]
-        owner = number % ranks.world()
-        refined: Refined | None = None
-        errors: tuple[float, float, float | None] = (0.0, 0.0, None)
-        if ranks.rank() == owner:
-            found = statistics.get(inner)
-            try:
-                refined = compress_layer(linear.weight.data, recipe, found, seed + number)
-            except ValueError as error:
-                raise ValueError(f"{name}.{inner}: {error}") from None
-            errors = _errors(linear.weight.data, refined, found)
-        if ranks.world() > 1:
-            refined, errors = ranks.share(linear.weight, recipe.rank or 0, refined, errors, owner)
-        assert refined is not None
-        pattern = parse(recipe.pattern, recipe.group)
-        bias = None if linear.bias is None else linear.bias.data
-        layer = SLRLinear.from_refined(refined, bias, pattern=pattern)
-        block.set_submodule(inner, layer)
-        seconds = time.perf_counter() - started
-        reports.append(
-            LayerReport(
-                f"{name}.{inner}",
-                (layer.out_features, layer.in_features),
-                recipe.pattern,
-                layer.rank,
-                int(layer.mask.sum()),
-                bias is not None,
-                *errors,
-                seconds,
-            )
-        )
-        if bar is not None:
-            bar.update()
-    return reports
-
-
-def _errors(
-    weight: Tensor, refined: Refined, statistic: Statistic | None
-) -> tuple[float, float, float | None]:
-    """Relative error pruned and repaired, and of the outputs, of what is stored."""
-    whole = pruned = rest = signal = noise = 0.0
-    gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
-    for rows in row_blocks(weight):
-        W = weight[rows].float()
-        E = W - refined.sparse[rows].float()
-        E -= refined.B[rows].float() @ refined.A.float()
-        whole += float(W.square().sum(dtype=torch.float64))
-        pruned += float((W * ~refined.mask[rows]).square().sum(dtype=torch.float64))
-        rest += float(E.square().sum(dtype=torch.float64))
-        if gram is not None:
-            signal += float(((W @ gram) * W).sum(dtype=torch.float64))
-            noise += float(((E @ gram) * E).sum(dtype=torch.float64))
-    size = max(whole, 1e-300)
-    output = None if gram is None else (max(0.0, noise) / max(signal, 1e-300)) ** 0.5
-    return (pruned / size) ** 0.5, (rest / size) ** 0.5, output
+__all__ = ["about", "compress", "compress_model", "shard_name"]
 
 
 def _plan(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict[str, Recipe]]:
@@ -307,17 +137,6 @@ def about(
         "calibration": calibration,
         "layers": {report.name: report.stored() for report in reports},
     }
-
-
-@torch.no_grad()
-def pruned_source(dense: PreTrainedModel, compressed: PreTrainedModel) -> None:
-    """Prune `dense` in place with the masks of a model compressed from it, and repair nothing.
-
-    Gives the model that a repair has to beat, from a saved checkpoint and its source alone.
-    """
-    for name, layer in compressed.named_modules():
-        if isinstance(layer, SLRLinear):
-            dense.get_parameter(f"{name}.weight").mul_(layer.mask)
 
 
 def compress(
@@ -426,8 +245,6 @@ def _take(
     reports: list[LayerReport],
 ) -> None:  # fmt: skip
     """Fill a block from a finished file."""
-    from safetensors.torch import load_file
-
     layers = {r.name.removeprefix(f"{name}."): r.stored() for r in reports}
     plugin.place(block, layers, stream.dtype)
     tensors = load_file(journal.folder / file)

@@ -11,6 +11,7 @@ Book: chapter 1.
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slr.linear import SLRLinear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["perplexity", "tasks"]
+__all__ = ["compare", "perplexity", "pruned_source", "tasks"]
 
+REPAIRED = {"none": "pruned", "svd": "SVD repair"}  # what a result is called; else refined
 TOKENS_AT_ONCE = 2048  # bounds the logits, tokens × vocabulary in float32
 
 
@@ -147,6 +151,73 @@ def _streamed(
             ids = ids.to(device)
             total += _loss(logits(stream.model, ids, hidden.to(device)), ids)
     return total
+
+
+@torch.no_grad()
+def pruned_source(dense: nn.Module, compressed: nn.Module) -> None:
+    """Prune `dense` in place with the masks of a model compressed from it, and repair nothing.
+
+    Gives the model that a repair has to beat, from a saved checkpoint and its source alone.
+    """
+    for name, layer in compressed.named_modules():
+        if isinstance(layer, SLRLinear):
+            dense.get_parameter(f"{name}.weight").mul_(layer.mask)
+
+
+def compare(
+    folder: str | Path,
+    windows: Tensor,
+    *,
+    source: bool = True,
+    stream: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Perplexity of a compressed folder beside its source, dense, and pruned but not repaired.
+
+    Args:
+        folder: of a compressed model; of a dense one, its perplexity alone is given.
+        windows: token windows (count, seqlen).
+        source: whether to look for the source at all.
+        stream: one decoder block at a time; then without the pruned model.
+        device: where to compute.
+        dtype: to compute in.
+        progress: show bars on standard error.
+
+    Returns:
+        By name: ``"dense"`` and ``"pruned"``, if the source is there, and the repair's.
+    """
+    from slr import checkpoint
+
+    folder = checkpoint.resolve(folder)
+    notes = checkpoint.about(folder)
+    name = "dense" if notes is None else REPAIRED.get(notes["recipe"]["refine"], "refined")
+    values = {}
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+
+    def measured(model: Any, label: str, **more) -> float:
+        return perplexity(model, windows, progress=label if progress else None, **more)
+
+    origin = None
+    if notes is not None and source:
+        with suppress(ValueError):
+            origin = checkpoint.resolve(notes["source"], download=False)
+    if stream:
+        if origin is not None:
+            values["dense"] = measured(origin, "dense", stream=True, **options)
+        return {**values, name: measured(folder, name, stream=True, **options)}
+    loaded: nn.Module = checkpoint.load(folder, dtype=dtype)
+    if notes is not None and origin is not None:
+        dense: nn.Module = checkpoint.load(origin, dtype=dtype)
+        nn.Module.to(dense, device)
+        values["dense"] = measured(dense, "dense")
+        if notes["recipe"]["refine"] != "none":
+            pruned_source(dense, loaded)
+            values["pruned"] = measured(dense, "pruned")
+        del dense
+    nn.Module.to(loaded, device)
+    return {**values, name: measured(loaded, name)}
 
 
 def tasks(

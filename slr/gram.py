@@ -41,6 +41,9 @@ def best_low_rank(rest: Tensor, metric: Gram, rank: int) -> tuple[Tensor, Tensor
     Returns:
         B (m, k) with orthonormal columns, and A = Bᵀ R (k, n).
 
+    Raises:
+        ValueError: a rank out of range, or an indefinite H.
+
     Cost: a Cholesky factor of H and an SVD of (m, n).  Source: EoRA, in other words.
 
     >>> R = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
@@ -73,6 +76,7 @@ def masked_least_squares(
         S (m, n), zero off the mask.
 
     Cost: 2 (steps + 1) m n² FLOPs.
+    Source: conjugate gradients of Hestenes and Stiefel 1952, Jacobi preconditioner.
 
     >>> H = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> T, P = torch.tensor([[1.0, 1.0]]), torch.tensor([[True, False]])
@@ -111,7 +115,7 @@ def refine_gram(
     generator: torch.Generator,
     update_mask: Pattern | None = None,
 ) -> tuple[Tensor, Tensor, Factors, list[Step]]:
-    """The alternation; :func:`slr.refine` is its public face.
+    """The alternation; :func:`slr.refine` is its public face and says what the arguments are.
 
     Returns:
         S (m, n), its mask, B (m, k) and A (k, n), and the steps, whose errors are in the damped
@@ -119,6 +123,14 @@ def refine_gram(
 
     Cost: a round takes 2 (GRADIENT_STEPS + 2) m n² + 6 m n q + 4 n² q FLOPs, q = k + 8, and a few
         matrices of the size of W.
+
+    >>> W, H = torch.tensor([[2.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    >>> S, mask, (B, A), steps = refine_gram(
+    ...     W, torch.tensor([[True, False]]), Gram(H), 1, iterations=3, tolerance=0.0,
+    ...     generator=torch.Generator().manual_seed(0),
+    ... )
+    >>> bool((S + B @ A - W).norm() < 1e-5)  # rank 1 is all of a single row
+    True
     """
     H = definite(metric.damped(work))[0]
     # One scale for all of H: products stay in range in float32 whatever its units.

@@ -46,6 +46,9 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
         matrix: (…, m, n), finite; computed in its own dtype, float32 at least.
         rank: from 1 to min(m, n).
 
+    Raises:
+        ValueError, TypeError: not a finite floating-point matrix, or a rank out of range.
+
     Cost: O(m n min(m, n)).  Source: Eckart and Young 1936.
 
     >>> L = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)

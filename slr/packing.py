@@ -23,6 +23,8 @@ __all__ = ["pack_mask", "unpack", "unpack_mask"]
 def pack_mask(mask: Tensor) -> Tensor:
     """A boolean tensor as bits, lowest bit first: uint8 (⌈count / 8⌉,) on the CPU.
 
+    Cost: one pass.
+
     >>> pack_mask(torch.tensor([True, False, True])).tolist()
     [5]
     """
@@ -31,6 +33,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of :func:`pack_mask`, on the device of `bits`.
+
+    Cost: one pass.
 
     >>> unpack_mask(torch.tensor([5], dtype=torch.uint8), (3,)).tolist()
     [True, False, True]
@@ -45,6 +49,8 @@ def unpack(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> tuple[Tensor
 
     Raises:
         ValueError: the bits do not fit the shape, or there are not as many values as bits set.
+
+    Cost: two passes.
 
     >>> print(unpack(torch.tensor([3.0, 4.0]), torch.tensor([6], dtype=torch.uint8), (2, 2))[0])
     tensor([[0., 3.],

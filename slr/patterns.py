@@ -46,6 +46,12 @@ class Unstructured:
         group: ``"row"`` compares within each output row (Wanda), ``"matrix"`` over the whole
             matrix (the usual magnitude pruning).
 
+    Raises:
+        ValueError: a sparsity out of range, or an unknown group.
+
+    Cost: :meth:`select` O(m n); :meth:`verify` one pass.
+    Source: Han et al. 2015 by matrix; Sun et al. 2024, table 7, for comparing by row.
+
     >>> print(Unstructured(0.5).select(torch.tensor([[3.0, 1.0, 2.0, 4.0]])))
     tensor([[ True, False, False,  True]])
     """
@@ -110,6 +116,16 @@ class Unstructured:
 @dataclass(frozen=True)
 class NM:
     """`n` of every `m` consecutive inputs of a row are **kept** (some code counts the pruned).
+
+    Args:
+        n: kept of a group, at least 1.
+        m: length of a group, above n; it must divide the number of inputs.
+
+    Raises:
+        ValueError: no such pattern.
+
+    Cost: :meth:`select` m² comparisons a group; :meth:`verify` one pass.
+    Source: Mishra et al. 2021 (2:4 on GPUs); Zhou et al. 2021 (N:M).
 
     >>> print(NM(2, 4).select(torch.tensor([[3.0, 1.0, 2.0, 4.0, 0.0, 0.0, 5.0, 6.0]])).int())
     tensor([[1, 0, 0, 1, 0, 0, 1, 1]], dtype=torch.int32)
@@ -189,6 +205,8 @@ def parse(text: str | float | Pattern, group: str = "row") -> Pattern:
 
     Raises:
         ValueError: it is no pattern, or an impossible one.
+
+    Cost: none.
 
     >>> parse("2:4"), parse("0.5")
     (NM(n=2, m=4), Unstructured(sparsity=0.5, group='row'))

@@ -114,6 +114,14 @@ def pcp_repair(weight: Tensor, mask: Tensor, rank: int, **options) -> Refined:
 
     Returns:
         :class:`~slr.refine.Refined` in the dtype of `weight`.
+
+    Cost: as :func:`pursue`, and one SVD more.
+    Source: the baseline "PCP" of the paper; public text leaves its details open.
+
+    >>> W, mask = torch.ones(8, 8), torch.eye(8).bool()
+    >>> W[2, 2] = 10.0
+    >>> pcp_repair(W, mask, 1).error < 1e-3
+    True
     """
     options = {"tolerance": 1e-6, **options}
     found = pursue(weight, mask, **options)

@@ -85,6 +85,12 @@ class Refined(NamedTuple):
 def ramp(rank: int, iterations: int) -> list[int]:
     """The paper's ranks r_t = 1 + ⌊(k-1) t / (T-1)⌋, in integers.
 
+    Args:
+        rank: k, at least 1.
+        iterations: T, at least 1; for T = 1 the one rank is k.
+
+    Cost: T integers.  Source: Algorithm 1.
+
     >>> ramp(4, 7)
     [1, 1, 2, 2, 3, 3, 4]
     """

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 import slr
 from slr import checkpoint
-from slr.compress import compress_layer, pruned_source
+from slr.evaluate import pruned_source
+from slr.layers import compress_layer
 from slr.packing import pack_mask, unpack_mask
 from slr.recipe import REPAIRS
 from slr.statistics import NormStatistic

@@ -147,3 +147,17 @@ def test_the_readmes_table_is_the_measured_one():
         assert cell["refined"]["perplexity"] > result["dense"]
     for name in ("commit", "date", "machine", "versions", "command"):
         assert result[name], name
+
+
+def test_every_public_function_of_one_matrix_has_an_example_and_a_cost():
+    import importlib
+    import inspect
+
+    modules = "patterns prune statistics metric lowrank filled refine gram pcp accounting packing"
+    for name in modules.split():
+        module = importlib.import_module(f"slr.{name}")
+        for public in module.__all__:
+            thing = getattr(module, public)
+            if inspect.isfunction(thing):
+                assert ">>>" in thing.__doc__, f"{name}.{public}"
+                assert "Cost" in thing.__doc__, f"{name}.{public}"
