@@ -8,9 +8,7 @@ from the calibration text; errors are measured on calibration and on held-out ac
 
 import argparse
 import json
-import platform
 from collections import defaultdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +18,7 @@ from tqdm import tqdm
 import slr
 from slr.calibrate import decoder_blocks, first_inputs, observe
 from slr.pcp import pcp_repair
+from slr.provenance import provenance
 from slr.statistics import GramStatistic
 
 
@@ -87,13 +86,8 @@ def main() -> None:
         print(f"\n{split} activations, {args.pattern}, rank {k}: relative output error")
         print(frames[split].round(4).to_string())
     if args.out:
-        about = {
-            "command": f"python benchmarks/metrics.py --pattern {args.pattern}",
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "rank": k,
-        }
+        command = f"python benchmarks/metrics.py --pattern {args.pattern} --samples {args.samples}"
+        about = {"command": command, "rank": k, **provenance()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         tables = {split: frame.to_dict("index") for split, frame in frames.items()}
         args.out.write_text(json.dumps({**about, "tables": tables}, indent=1) + "\n")

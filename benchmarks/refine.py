@@ -15,17 +15,16 @@ bfloat16 faster, the search goes below what float32 would allow, and the ratio s
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import slr
 from slr.filled import OVERSAMPLING, POLISH, WARMUP
+from slr.provenance import provenance
 from slr.refine import ramp
 
 SIZES = ("1024x1024:32", "2048x2048:64", "4096x4096:128", "4096x11008:128")
@@ -278,13 +277,7 @@ def main() -> None:
         return
     rows = (args.measure or table)(args)
     if args.out:
-        about = {
-            "command": "python " + " ".join(sys.argv),
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "machine": f"{platform.machine()}, {torch.cpu.get_capabilities()['cpu_name']}, "
-            f"{torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-        }
+        about = {"command": "python " + " ".join(sys.argv), **provenance()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 

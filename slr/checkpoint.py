@@ -80,7 +80,10 @@ def _from_hub(name: str, download: bool) -> Path:
 
     allow = ["*.safetensors", "*.json", *COPIED]
     try:
-        found = snapshot_download(name, allow_patterns=allow, local_files_only=not download)
+        found = snapshot_download(
+            name, allow_patterns=allow, ignore_patterns=["consolidated*", "original/*"],
+            local_files_only=not download,
+        )  # fmt: skip
         return Path(found)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]

@@ -55,7 +55,12 @@ def fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type == "cpu" and bool(_cpu().get("amx_bf16"))
+
+
+def _cpu() -> dict:
+    """What the processor can do, as far as this torch tells."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def keep_(values: Tensor, mask: Tensor) -> Tensor:

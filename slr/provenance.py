@@ -5,12 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
 __all__ = ["provenance"]
 
+CPUINFO = Path("/proc/cpuinfo")
+
 PACKAGES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "peft")
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells."""
+    if CPUINFO.is_file():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def provenance() -> dict:
@@ -32,7 +44,7 @@ def provenance() -> dict:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "versions": versions,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }

@@ -494,3 +494,17 @@ def test_deepcopy_and_grad_still_work(small, tmp_path):
     twin(ids, labels=ids).loss.backward()
     assert twin.model.layers[0].mlp.up_proj.B.grad is not None
     assert model.model.layers[0].mlp.up_proj.B.grad is None
+
+
+def test_the_page_on_the_format_reads_it_by_hand(tmp_path, monkeypatch):
+    """The code of book/format.md, run on a folder that has been made as it says."""
+    from pathlib import Path
+
+    page = (Path(__file__).parent.parent / "book" / "format.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    slr.compress("tiny", tmp_path / "small", slr.Recipe(**FAST))
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code, found)
+    layer = slr.load(tmp_path / "small").model.layers[0].mlp.up_proj
+    assert torch.equal(found["W"], layer.weight + layer.B @ layer.A)
