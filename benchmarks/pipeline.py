@@ -100,11 +100,11 @@ def synthetic(name: str, folder: Path) -> None:
 
 
 class Watch(threading.Thread):
-    """Peak resident memory and disk traffic of a process, sampled ten times a second."""
+    """Peak resident memory of a process, looked at ten times a second."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.pid, self.anonymous, self.resident, self.traffic = pid, 0, 0, {}
+        self.pid, self.anonymous, self.resident = pid, 0, 0
 
     def run(self) -> None:
         try:
@@ -113,8 +113,6 @@ class Watch(threading.Thread):
                 fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
                 self.resident = max(self.resident, int(fields["VmHWM"].split()[0]) * 1024)
                 self.anonymous = max(self.anonymous, int(fields["RssAnon"].split()[0]) * 1024)
-                io = Path(f"/proc/{self.pid}/io").read_text()
-                self.traffic = {k: int(v) for k, v in (li.split(": ") for li in io.splitlines())}
                 time.sleep(0.1)
         except (OSError, KeyError, ValueError):
             return
@@ -159,17 +157,15 @@ def main() -> None:
     if process.returncode:
         raise SystemExit(process.returncode)
     told = json.loads(said)
-    rows["of it pruning and refining, s"] = told["layer_seconds"]
-    rows["of it start, reading, calibration, writing, s"] = (
-        rows["compress, s"] - told["layer_seconds"]
-    )
+    for stage in ("read", "calibrate", "layer", "write"):
+        rows[f"of it {stage}, s"] = told[f"{stage}_seconds"]
+    rows["tensors read, GB"] = told["bytes_read"] / 1e9
+    rows["tensors written, GB"] = told["bytes_written"] / 1e9
     rows["layers"] = told["layers"]
     rows["mean relative error, pruned"] = told["pruned_error"]
     rows["mean relative error"] = told["error"]
     rows["peak resident, GB"] = watch.resident / 1e9
     rows["of it anonymous, GB"] = watch.anonymous / 1e9
-    rows["read from disk, not cache, GB"] = watch.traffic.get("read_bytes", 0) / 1e9
-    rows["written to disk, GB"] = watch.traffic.get("write_bytes", 0) / 1e9
 
     started = time.perf_counter()
     stream = Stream(target)

@@ -136,7 +136,7 @@ def compare(size: str, T: int, only: int) -> list[dict]:
     """Rows of one size: literal, every way of ours, and the fewest steps to the paper's error."""
     rows = [child(size, "literal", T, only), *(child(size, way, T) for way in WAYS)]
     goal = rows[1]["error"]
-    few = T // 3
+    few = 2 * T // 5
     while (row := child(size, "accelerated", few))["error"] > goal and few < T:
         few += 1
     rows.append(row)

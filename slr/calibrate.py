@@ -11,6 +11,7 @@ Book: chapter 1.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,19 +40,22 @@ class BlockInputs:
         rows: windows that run at once.
         arguments: what else the model passes to each block (mask, positions, rotary table), by
             the number of windows in a batch; the windows have no padding, so it is the same.
+        seconds: spent running blocks, so far.
     """
 
     def __init__(self, hidden: Tensor, rows: int, arguments: dict[int, list[dict]]) -> None:
-        self.hidden, self.rows, self.arguments = hidden, rows, arguments
+        self.hidden, self.rows, self.arguments, self.seconds = hidden, rows, arguments, 0.0
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, keep: bool) -> None:
         """Run block `index` on all windows; with `keep` its outputs replace the inputs."""
+        started = time.perf_counter()
         device = next(block.parameters()).device
         for batch in self.hidden.split(self.rows):
             out = block(batch.to(device), **self.arguments[len(batch)][index])
             if keep:
                 batch.copy_(out)
+        self.seconds += time.perf_counter() - started
 
 
 def rows_at_once(config, seqlen: int, device: torch.device, dtype: torch.dtype) -> int:

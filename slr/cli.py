@@ -130,9 +130,10 @@ def compress(
     repair = {"none": "no repair", "svd": "SVD repair"}.get(refine, f"refined by {refine}")
     _say(f"{model} -> {out}: {prune} {recipe.pattern}, {repair}, on {device}")
     started = time.perf_counter()
+    stages: dict[str, float] = {}
     layers = slr.compress(
         model, out, recipe, calibration=calibration, device=device, progress=True,
-        resume=not fresh,
+        resume=not fresh, stages=stages,
     )  # fmt: skip
     if ranks.rank():
         return
@@ -143,7 +144,7 @@ def compress(
     }
     sizes = {"dense_MB": _megabytes(source), "compressed_MB": _megabytes(out)}
     if json_output:
-        times = {"seconds": seconds, "layer_seconds": sum(layer.seconds for layer in layers)}
+        times = {"seconds": seconds, **stages}
         print(json.dumps({"layers": len(layers), **times, **mean, **sizes, **provenance()}))
         return
     print(

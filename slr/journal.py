@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,11 @@ class Journal:
         key: plain values that decide the result; a journal with others is not resumed.
         resume: go on with what is there; ``False`` starts over.
 
+    Attributes:
+        folder: the work folder.
+        entries: SHA-256, tensor names and notes of each finished file.
+        bytes_written, seconds: of tensor files, in this run.
+
     Raises:
         ValueError: `out` exists, is being written by another run, or was begun with another key.
     """
@@ -98,6 +104,7 @@ class Journal:
         self.key = json.loads(json.dumps(key))
         self.resume = resume
         self.entries: dict[str, dict] = {}
+        self.bytes_written, self.seconds = 0, 0.0
 
     def __enter__(self) -> Journal:
         try:
@@ -172,6 +179,7 @@ class Journal:
 
     def add(self, name: str, tensors: dict[str, Tensor], notes: object = None) -> None:
         """Write a safetensors file and enter it with `notes`."""
+        started = time.perf_counter()
         parts = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
         def write(file: Path) -> None:
@@ -181,6 +189,8 @@ class Journal:
         digest = sha256(self.folder / name)
         self.entries[name] = {"sha256": digest, "tensors": sorted(parts), "notes": notes}
         self._write()
+        self.bytes_written += (self.folder / name).stat().st_size
+        self.seconds += time.perf_counter() - started
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small text file; it is not entered, and written again on resuming."""

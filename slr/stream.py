@@ -9,6 +9,7 @@ Book: chapter 2.
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,13 +40,14 @@ class TensorFiles:
     Attributes:
         where: file of each tensor name.
         bytes_read: so far.
+        seconds: spent reading, so far.
 
     Raises:
         ValueError: no such file, a damaged or truncated one, or one that the index misses.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.bytes_read = folder, 0
+        self.folder, self.bytes_read, self.seconds = folder, 0, 0.0
         self.where: dict[str, Path] = {}
         for file, names in self._listing().items():
             if not file.is_file():
@@ -84,6 +86,7 @@ class TensorFiles:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some tensors, copied into memory."""
+        started = time.perf_counter()
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.where[name]].append(name)
@@ -93,6 +96,7 @@ class TensorFiles:
                 for name in wanted:
                     tensors[name] = handle.get_tensor(name).clone()
                     self.bytes_read += tensors[name].nbytes
+        self.seconds += time.perf_counter() - started
         return tensors
 
     @property
