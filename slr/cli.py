@@ -21,7 +21,7 @@ import slr
 from slr.export import FORMS
 from slr.provenance import provenance
 from slr.prune import METHODS
-from slr.recipe import REPAIRS, Recipe
+from slr.recipe import REPAIRS, Recipe, parse_override
 from slr.refine import SCHEDULES
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _one_line_errors(command: Callable) -> Callable:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    typer.echo(text, err=True)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -121,7 +121,7 @@ def compress(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank,
         rank_ratio=rank_ratio, iterations=iterations, schedule=schedule, samples=samples,
         seqlen=seqlen, seed=seed, update_mask=update_mask, skip=skip or [],
-        overrides=dict(map(_override, override or [])),
+        overrides=dict(map(parse_override, override or [])),
     )  # fmt: skip
     device = _device(device)
     from slr import checkpoint, ranks
@@ -164,21 +164,6 @@ def compress(
 def _output_error(layers: list[slr.LayerReport]) -> list[tuple[str, str]]:
     known = [layer.output_error for layer in layers if layer.output_error is not None]
     return [("mean output error, result", f"{sum(known) / len(known):.4f}")] if known else []
-
-
-def _override(text: str) -> tuple[str, dict]:
-    """``'*.o_proj:rank=64,pattern=0.4'`` as a name and its options."""
-    name, _, options = text.rpartition(":") if text.count(":") == 1 else text.partition(":")
-    found: dict = {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
-        kind = {"rank": int, "iterations": int, "rank_ratio": float}.get(key.strip(), str)
-        found[key.strip()] = kind(value)
-    if not name or not found:
-        raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
-    return name, found
 
 
 def _device(device: str) -> str:

@@ -14,7 +14,7 @@ from slr.prune import METHODS
 from slr.refine import SCHEDULES
 from slr.statistics import GramStatistic, NormStatistic
 
-__all__ = ["REPAIRS", "Recipe"]
+__all__ = ["REPAIRS", "Recipe", "parse_override"]
 
 REPAIRS = ("weights", "diagonal", "activations", "svd", "none")
 WHOLE = ("samples", "seqlen", "seed", "skip", "overrides")  # not to be overridden for a layer
@@ -140,3 +140,25 @@ class Recipe:
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         return {**asdict(self), "skip": list(self.skip)}
+
+
+def parse_override(text: str) -> tuple[str, dict]:
+    """A name and its options from their short form.
+
+    Raises:
+        ValueError: it is not of that form.
+
+    >>> parse_override("*.o_proj:rank=64,pattern=2:4")
+    ('*.o_proj', {'rank': 64, 'pattern': '2:4'})
+    """
+    name, _, options = text.partition(":")
+    found: dict = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+        kind = {"rank": int, "iterations": int, "rank_ratio": float}.get(key.strip(), str)
+        found[key.strip()] = kind(value)
+    if not name or not found:
+        raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+    return name, found

@@ -1,0 +1,49 @@
+"""What the text says was measured is what the files say, and they say where it comes from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+MEASURED = Path(__file__).parent.parent / "results" / "measured"
+FILES = sorted(MEASURED.rglob("*.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(MEASURED).as_posix())
+def test_every_measurement_has_a_command_a_date_and_versions(file):
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["command"].startswith("python benchmarks/")
+    assert found["date"] >= "2026-11-01"
+    assert found.get("versions") or found.get("torch")
+
+
+def test_gram_refinement_has_the_lowest_output_error_in_every_kind_of_layer():
+    tables = json.loads((MEASURED / "tiny" / "metrics.json").read_text())["tables"]
+    for table in tables.values():  # on the calibration text, and on held-out text
+        assert len(table["Gram"]) == 8  # seven kinds and their mean
+        for kind, ours in table["Gram"].items():
+            for other in ("EoRA", "SparseGPT+SVD", "paper", "diagonal", "SVD", "pruned"):
+                assert ours < table[other][kind], (kind, other)
+            assert table["Gram, mask updated"][kind] < ours
+
+
+def test_the_fast_solver_reaches_the_error_of_literal_algorithm_1():
+    rows = json.loads((MEASURED / "refine" / "literal.json").read_text())["rows"]
+    literal = {row["size"]: row["error"] for row in rows}
+    measured = json.loads((MEASURED / "refine" / "table.json").read_text())["rows"]
+    measured += json.loads((MEASURED / "refine" / "llama-7b.json").read_text())["rows"]
+    compared = 0
+    for row in measured:
+        if row.get("size") in literal and row["way"] != "literal":
+            assert row["error"] <= 1.001 * literal[row["size"]], row
+            compared += 1
+            if row["size"] == "4096x4096":
+                assert row["memory"] <= 1.5
+    assert compared == 3 * 5
+
+
+def test_the_large_run_fits_where_it_should():
+    rows = json.loads((MEASURED / "pipeline" / "llama-7b.json").read_text())["rows"]
+    assert rows["layers"] == 224
+    assert rows["peak resident, GB"] <= 4
+    assert rows["linear layers, result / source"] <= 0.64
