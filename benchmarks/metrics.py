@@ -25,10 +25,10 @@ from slr.statistics import GramStatistic
 def grams(model, windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """H of each linear of each block of the dense model."""
     inputs, found = first_inputs(model, windows), []
-    for block in decoder_blocks(model):
+    for index, block in enumerate(decoder_blocks(model)):
         linears = {k: m for k, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
         with observe(linears, GramStatistic) as statistics:
-            inputs.run(block, keep=True)
+            inputs.run(index, block, keep=True)
         found.append({name: statistic.gram() for name, statistic in statistics.items()})
     return found
 
