@@ -32,8 +32,8 @@ INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 Factors = tuple[Tensor, Tensor]  # B (…, m, r) and A (…, r, n)
 
 
-def row_blocks(like: Tensor) -> list[slice]:
-    """Slices of rows, of about `BLOCK` entries each, that cover a matrix or a stack (…, m, n).
+def row_blocks(like: Tensor, share: int = 1) -> list[slice]:
+    """Slices of rows, of some `BLOCK` / share entries each, that cover (…, m, n).
 
     Cost: none.
 
@@ -41,7 +41,8 @@ def row_blocks(like: Tensor) -> list[slice]:
     [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 3000, None)]
     """
     *batch, m, n = like.shape
-    height = max(16, BLOCK.get(like.device.type, 1 << 24) // (n * math.prod(batch)))
+    entries = BLOCK.get(like.device.type, 1 << 24) // share
+    height = max(16, entries // (n * math.prod(batch)))
     return [slice(top, min(top + height, m)) for top in range(0, m, height)]
 
 
@@ -129,6 +130,11 @@ class Filled:
         """
         if fill is not None:
             fill = fill[0].to(self.dtype), fill[1].to(self.dtype)
+            if self.dtype == torch.bfloat16:
+                # Kernels for bfloat16 are made, and kept, for each shape: let there be few.
+                spare = -fill[0].shape[-1] % 32
+                pad = torch.nn.functional.pad
+                fill = pad(fill[0], (0, spare)), pad(fill[1], (0, 0, 0, spare))
         for rows in self.slices:
             height = rows.stop - rows.start
             L = self.inside[..., :height, :]

@@ -322,7 +322,7 @@ def finish(
     B, A = low
     sparse = torch.empty_like(weight, memory_format=torch.contiguous_format)
     square = 0.0
-    for rows in row_blocks(weight):
+    for rows in row_blocks(weight, share=8):
         S = keep_(kept(rows).to(B.dtype, copy=True), mask[..., rows, :])
         sparse[..., rows, :] = S
         rest = weight[..., rows, :] - S
