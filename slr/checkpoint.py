@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from slr import accounting, plugin
-from slr.stream import INDEX, Stream, TensorFiles
+from slr.stream import INDEX, Stream, TensorFiles, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "about",
+    "add_small_files",
     "calibration_windows",
     "check_space",
     "complete",
@@ -93,10 +94,7 @@ def _from_hub(name: str, download: bool) -> Path:
 
 
 def _config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    return read_json(folder / "config.json")
 
 
 def context(folder: Path) -> int:
@@ -242,6 +240,27 @@ def check_space(stream: Stream, plan: list[dict[str, Recipe]], out: str | Path) 
         )
 
 
+def add_small_files(journal: Journal, source: Path) -> int:
+    """Write the index of a journal's tensor files, and copy the tokenizer and the like.
+
+    Args:
+        journal: in which all tensor files are entered.
+        source: folder to copy from.
+
+    Returns:
+        Bytes of the tensor files.
+    """
+    files = sorted(journal.entries)
+    where = {name: file for file in files for name in journal.entries[file]["tensors"]}
+    size = sum((journal.folder / file).stat().st_size for file in files)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    journal.add_text(INDEX, json.dumps(index, indent=1) + "\n")
+    for pattern in COPIED:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, journal.folder / file.name)
+    return size
+
+
 def complete(stream: Stream, journal: Journal, notes: dict) -> None:
     """Write what is in no decoder block, and all small files, and let the folder appear."""
     from slr.card import card
@@ -254,14 +273,7 @@ def complete(stream: Stream, journal: Journal, notes: dict) -> None:
     names = [n for n in stream.files.where if not n.startswith(inside) and n in expected]
     if rest not in journal:
         journal.add(rest, stream.files.read(names))
-    files = [shard_name(i, total) for i in range(total)]
-    where = {name: file for file in files for name in journal.entries[file]["tensors"]}
-    size = sum((journal.folder / file).stat().st_size for file in files)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-    journal.add_text(INDEX, json.dumps(index, indent=1) + "\n")
-    for pattern in COPIED:
-        for file in sorted(stream.folder.glob(pattern)):
-            shutil.copyfile(file, journal.folder / file.name)
+    size = add_small_files(journal, stream.folder)
     before = sum(f.stat().st_size for f in set(stream.files.where.values()))
     journal.add_text("README.md", card(notes, before, size))
     raw = {**_config(stream.folder), "num_hidden_layers": stream.config.num_hidden_layers}

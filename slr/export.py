@@ -11,7 +11,6 @@ Both are written block by block and appear whole.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from slr import plugin
-from slr.checkpoint import COPIED, _config, resolve
+from slr.checkpoint import add_small_files, resolve
 from slr.compress import shard_name
 from slr.journal import Journal
 from slr.linear import SLRLinear
-from slr.stream import INDEX, Stream
+from slr.stream import Stream, read_json
 
 __all__ = ["FORMS", "export"]
 
@@ -74,16 +73,10 @@ def export(model: str | Path, out: str | Path, to: str) -> Path:
         inside = f"{stream.blocks_name}."
         rest = [n for n in stream.files.where if not n.startswith(inside)]
         journal.add(shard_name(total - 1, total), stream.files.read(rest))
-        where = {n: f for f, entry in journal.entries.items() for n in entry["tensors"]}
-        size = sum((journal.folder / file).stat().st_size for file in journal.entries)
-        index_json = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        journal.add_text(INDEX, json.dumps(index_json, indent=1) + "\n")
-        for pattern in COPIED:
-            for file in sorted(folder.glob(pattern)):
-                shutil.copyfile(file, journal.folder / file.name)
+        add_small_files(journal, folder)
         if to == "peft":
             _adapter(journal.folder / "adapter", layers, factors, str(out))
-        config = plugin.reveal(_config(folder))
+        config = plugin.reveal(read_json(folder / "config.json"))
         del config["quantization_config"]
         return journal.finish(json.dumps(config, indent=1) + "\n")
 

@@ -25,7 +25,7 @@ from slr.linear import SLRLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Stream", "TensorFiles", "decoder_blocks", "read_config"]
+__all__ = ["FAMILIES", "Stream", "TensorFiles", "decoder_blocks", "read_config", "read_json"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "opt")
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ class TensorFiles:
             files = [f for f in files if f.name == "model.safetensors"] or files
             return dict.fromkeys(files)
         listing: dict[Path, list[str]] = defaultdict(list)
-        for name, file in _json(index).get("weight_map", {}).items():
+        for name, file in read_json(index).get("weight_map", {}).items():
             listing[self.folder / file].append(name)
         return dict(listing)
 
@@ -117,7 +117,8 @@ def _opened(file: Path):
         raise ValueError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """A JSON file.  Raises ValueError if it is none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -132,7 +133,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
     """
     from transformers import AutoConfig
 
-    raw = _json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     kind = raw.get("slr", {}).get("dense", raw).get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; slr knows {', '.join(FAMILIES)}")
