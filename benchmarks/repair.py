@@ -3,15 +3,12 @@
     python benchmarks/repair.py [--limit WINDOWS] [--out results/measured/tiny]
 
 Prints the table; with ``--out`` also writes ``repair.json`` (with provenance) and the figure
-``repair.svg`` there.  Five minutes for 64 windows on two cores.
+``repair.svg`` there.  Twenty minutes for 64 windows on two cores.
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +16,26 @@ import torch
 from tqdm import tqdm
 
 import slr
+from slr.provenance import provenance
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-REPAIRS = {"none": "pruned", "svd": "SVD", "weights": "refined"}
+MASKS = ("magnitude", "wanda", "sparsegpt")
+REPAIRS = {
+    "none": "pruned",
+    "svd": "SVD",
+    "eora": "EoRA",
+    "weights": "refined",
+    "diagonal": "diagonal",
+    "activations": "Gram",
+    "updated": "Gram, mask updated",
+}
+
+
+def options(repair: str) -> dict:
+    """Of a recipe."""
+    if repair == "updated":
+        return {"refine": "activations", "update_mask": True}
+    return {"refine": repair}
 
 
 def measure(limit: int | None) -> dict:
@@ -30,11 +44,11 @@ def measure(limit: int | None) -> dict:
     windows = slr.data.windows(slr.data.corpus("validation"), tokenizer, 512, limit)
     calibration = slr.data.windows(slr.data.corpus("calibration"), tokenizer, 512, 32)
     dense = slr.perplexity(slr.load("tiny", dtype=torch.float32), windows)
-    cells = [(m, p, r) for m in ("magnitude", "wanda") for p in PATTERNS for r in REPAIRS]
+    cells = [(m, p, r) for m in MASKS for p in PATTERNS for r in REPAIRS]
     rows = []
     for mask, pattern, repair in tqdm(cells, desc="cells"):
         model = slr.load("tiny", dtype=torch.float32)
-        recipe = slr.Recipe(prune=mask, pattern=pattern, refine=repair)
+        recipe = slr.Recipe(prune=mask, pattern=pattern, **options(repair))
         reports = slr.compress_model(model, recipe, calibration)
         rows.append(
             {
@@ -45,7 +59,6 @@ def measure(limit: int | None) -> dict:
                 "relative error": sum(r.error for r in reports) / len(reports),
             }
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "model": "slr/tiny/model",
         "text": "embedded validation corpus",
@@ -56,10 +69,7 @@ def measure(limit: int | None) -> dict:
         "dense": dense,
         "rows": rows,
         "command": "python " + " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **provenance(),
     }
 
 
@@ -81,7 +91,7 @@ def draw(result: dict, file: Path) -> None:
     values = table(result)["perplexity"]
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
     for axes, mask in zip(panels, ("magnitude", "wanda"), strict=True):
-        rows = values.loc[mask].to_dict("index")
+        rows = values[list(kinds)].loc[mask].to_dict("index")
         grouped_bars(rows, kinds, ylabel="perplexity", line=("dense", result["dense"]), axes=axes)
         axes.set_title(f"{mask} mask")
         axes.set_ylim(bottom=0.9 * result["dense"])

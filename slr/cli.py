@@ -127,7 +127,9 @@ def compress(
     from slr import checkpoint, ranks
 
     source = checkpoint.resolve(model)
-    repair = {"none": "no repair", "svd": "SVD repair"}.get(refine, f"refined by {refine}")
+    repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}.get(
+        refine, f"refined by {refine}"
+    )
     _say(f"{model} -> {out}: {prune} {recipe.pattern}, {repair}, on {device}")
     started = time.perf_counter()
     stages: dict[str, float] = {}

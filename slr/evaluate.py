@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "perplexity", "pruned_source", "tasks"]
 
-REPAIRED = {"none": "pruned", "svd": "SVD repair"}  # what a result is called; else refined
+REPAIRED = {"none": "pruned", "svd": "SVD repair", "eora": "EoRA repair"}  # what a result is called; else refined
 TOKENS_AT_ONCE = 2048  # bounds the logits, tokens × vocabulary in float32
 
 

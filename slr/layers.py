@@ -78,13 +78,13 @@ def compress_layer(
         (m, n), trace = weight.shape, ()
         return Refined(kept, weight.new_zeros(m, 0), weight.new_zeros(0, n), trace, mask)
     assert recipe.rank is not None
-    if recipe.refine == "svd":
-        return svd_repair(weight, mask, recipe.rank, sparse=kept)
     metric: Metric | None = None
     if recipe.refine == "diagonal" and norm is not None:
         metric = Diagonal(norm)
-    elif recipe.refine == "activations" and gram is not None:
+    elif recipe.refine in ("activations", "eora") and gram is not None:
         metric = Gram(gram)
+    if recipe.refine in ("svd", "eora"):
+        return svd_repair(weight, mask, recipe.rank, metric, sparse=kept)
     return refine(
         weight, mask, recipe.rank, metric=metric,
         iterations=recipe.iterations, schedule=recipe.schedule, generator=generator,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
-__all__ = ["COLORS", "curves", "grouped_bars", "use_style"]
+__all__ = ["COLORS", "curves", "grouped_bars", "heat_maps", "use_style"]
 
 # Okabe and Ito 2008, by meaning.
 COLORS = {
@@ -137,3 +138,42 @@ def grouped_bars(
     axes.margins(y=0.25)  # room for the legend above the bars
     axes.legend(fontsize=8, ncols=2, loc="upper right")
     return axes
+
+
+def heat_maps(
+    panels: Mapping[str, Tensor], *, signed: bool = False, label: str = "", columns: int = 4
+) -> list[Axes]:
+    """Matrices side by side on one colour scale: diverging around 0 if signed, else cividis.
+
+    Args:
+        panels: title -> matrix (m, n); booleans are drawn black (True) on white.
+        signed: whether the sign is of interest.
+        label: of the colour bar, with its unit; no bar when empty.
+        columns: panels in a row of the figure.
+    """
+    import torch
+    from matplotlib import pyplot as plt
+
+    width = min(columns, len(panels))
+    rows = -(-len(panels) // width)
+    figure, grid = plt.subplots(rows, width, figsize=(2.1 * width, 2.2 * rows), squeeze=False)
+    real = [M for M in panels.values() if M.dtype != torch.bool]
+    top = max((float(M.abs().max()) for M in real), default=1.0)
+    axes, image = list(grid.flat), None
+    for axis, (title, M) in zip(axes, panels.items(), strict=False):
+        if M.dtype == torch.bool:
+            axis.imshow(M.cpu(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        else:
+            colors, low = ("RdBu_r", -top) if signed else ("cividis", 0.0)
+            data = M.float().cpu()
+            image = axis.imshow(data, cmap=colors, vmin=low, vmax=top, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+    for axis in axes:
+        axis.grid(visible=False)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    if label and image is not None:
+        figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    return axes[: len(panels)]

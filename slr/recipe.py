@@ -16,7 +16,7 @@ from slr.statistics import GramStatistic, NormStatistic
 
 __all__ = ["REPAIRS", "Recipe", "parse_override"]
 
-REPAIRS = ("weights", "diagonal", "activations", "svd", "none")
+REPAIRS = ("weights", "diagonal", "activations", "svd", "eora", "none")
 WHOLE = ("samples", "seqlen", "seed", "skip", "overrides")  # not to be overridden for a layer
 
 
@@ -30,7 +30,8 @@ class Recipe:
         group: ``"row"`` or ``"matrix"``, for a fraction.
         refine: repair: Algorithm 1 on the ``"weights"`` (the paper, data-free), on weights
             scaled by activation norms (``"diagonal"``) or on the layer's outputs
-            (``"activations"``); ``"svd"``, one shot; or ``"none"``.
+            (``"activations"``); one shot, ``"svd"`` of the weights or ``"eora"`` of the
+            outputs; or ``"none"``.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement.
@@ -131,7 +132,7 @@ class Recipe:
     def statistic(self) -> type[NormStatistic] | type[GramStatistic] | None:
         """What has to be known of each layer's inputs; ``None`` for a data-free recipe."""
         each = [self, *(self._with(options) for options in self.overrides.values())]
-        if any(r.prune == "sparsegpt" or r.refine == "activations" for r in each):
+        if any(r.prune == "sparsegpt" or r.refine in ("activations", "eora") for r in each):
             return GramStatistic
         if any(r.prune == "wanda" or r.refine == "diagonal" for r in each):
             return NormStatistic

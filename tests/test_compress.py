@@ -11,7 +11,7 @@ from slr.evaluate import pruned_source
 from slr.layers import compress_layer
 from slr.packing import pack_mask, unpack_mask
 from slr.recipe import REPAIRS
-from slr.statistics import NormStatistic
+from slr.statistics import GramStatistic, NormStatistic
 
 
 @pytest.fixture
@@ -204,3 +204,18 @@ def test_damaged_folders_are_named(small, tmp_path):
     config.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         slr.load(folder)
+
+
+def test_eora_is_the_one_shot_repair_of_the_outputs():
+    statistic = GramStatistic(16)
+    statistic.update(torch.randn(64, 16) * torch.rand(16))
+    weight = torch.randn(12, 16)
+    recipe = slr.Recipe(prune="magnitude", refine="eora", rank=3)
+    assert recipe.statistic is GramStatistic
+    found = compress_layer(weight, recipe, statistic)
+    gram = slr.Gram(statistic.gram())
+    assert torch.equal(found.sparse, slr.prune(weight, "magnitude", "2:4").weight)
+    expected = slr.svd_repair(weight, found.mask, 3, gram)
+    assert torch.allclose(found.B @ found.A, expected.B @ expected.A, atol=1e-5)
+    by_weights = compress_layer(weight, slr.Recipe(prune="magnitude", refine="svd", rank=3))
+    assert gram.error(weight - found.dense()) < 0.99 * gram.error(weight - by_weights.dense())
