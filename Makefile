@@ -1,5 +1,6 @@
 # make book   set up, run every chapter, render the book        make test   all checks
 # make serve  open the built book on localhost                   make clean  remove what was built
+# make browser-test  look at the built pages in a real browser
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -11,10 +12,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup book test lint format notebooks serve clean repo
+.PHONY: help setup book test browser-test lint format notebooks serve clean repo
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
 
 setup: .venv/.ready  ## make .venv and install everything into it
 
@@ -37,6 +38,9 @@ test: .venv/.ready lint  ## lint, unit tests, doctests and notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --nbval --nbval-current-env \
 	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=300 notebooks
+
+browser-test: .venv/.ready  ## look at the built book in Chromium (after make book)
+	$(BIN)/python -m pytest tests/browser/check_pages.py
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ bitmask    δ m n w + m n / 8                                any pattern
 csr        δ m n (w + 4) + 4 (m + 1)                        any pattern
 ========== ================================================ ============================
 
-with w bytes a value, plus w k (m + n) for the low-rank factors.  Book: chapter 2.
+with w bytes a value, plus w k (m + n) for the low-rank factors.  Book: chapters 1 and 2.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ windows; the block runs once to collect statistics, is compressed by the caller,
 to make the inputs of the next, so that every block is calibrated on what the compressed
 blocks before it really put out.
 
-Book: chapter 1.
+Book: chapter 3.
 """
 
 from __future__ import annotations

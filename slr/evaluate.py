@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "perplexity", "pruned_source", "tasks"]
 
-REPAIRED = {"none": "pruned", "svd": "SVD repair", "eora": "EoRA repair"}  # what a result is called; else refined
+# What a result is called; else refined.
+REPAIRED = {"none": "pruned", "svd": "SVD repair", "eora": "EoRA repair"}
 TOKENS_AT_ONCE = 2048  # bounds the logits, tokens × vocabulary in float32
 
 

@@ -6,7 +6,7 @@ or by one block power step from the last ones: L V and Lᵀ(L V), while the bloc
 
 Power steps mend the errors of those before them, so they may be taken in bfloat16, with sums in
 float32, where the processor multiplies it several times faster.  The last ones never are, nor
-any on an L so close to rank k that the rounding would show.  Book: chapter 2.
+any on an L so close to rank k that the rounding would show.  Book: chapter 7.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ renamed, then entered with its SHA-256 in ``journal.json``, which is written the
 that was killed, at any byte, goes on after the last entry; only at the end is the folder renamed
 to ``OUT``.  Nothing in the files depends on when or how often a run was interrupted.
 
-Book: chapter 2.
+Book: the page on the format.
 """
 
 from __future__ import annotations

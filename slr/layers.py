@@ -1,6 +1,6 @@
 """Compress one linear layer, and the linear layers of one decoder block, by a recipe.
 
-Book: chapter 2.
+Book: chapter 5.
 """
 
 from __future__ import annotations

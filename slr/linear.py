@@ -1,6 +1,6 @@
 """One layer: y = S x + B (A x) + b.
 
-Book: chapter 2.
+Book: chapter 5.
 """
 
 from __future__ import annotations

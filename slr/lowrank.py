@@ -5,7 +5,7 @@ decomposition is nearest to L in Frobenius norm, at distance √(Σ_{i>k} σ_i²
 
 :func:`truncated_svd` computes it.  :func:`ritz` improves a guess V of the leading right
 singular vectors by one block power step; when L changes little from call to call, as in
-refinement, that is all it takes.  Book: chapter 2.
+refinement, that is all it takes.  Book: chapters 4 and 7.
 """
 
 from __future__ import annotations

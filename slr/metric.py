@@ -10,7 +10,7 @@ Gram(H)      tr(E H Eᵀ)              all second moments of the inputs, H = X X
 
 With H = X Xᵀ / tokens the last is ‖E X‖_F² / tokens, the layer's mean squared output error on
 the calibration text; Diagonal is what is left of it when H is taken to be diagonal, with
-d = √diag(H).  Book: chapter 2.
+d = √diag(H).  Book: chapter 8.
 """
 
 from __future__ import annotations

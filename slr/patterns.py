@@ -7,7 +7,7 @@ largest, exactly as many as it says, and returns a boolean mask, ``True`` = kept
 - :class:`NM`: n of every m consecutive inputs of a row stay (2:4 is what GPUs run).
 
 Ties are broken by position, the later entry stays, so that a mask is the same on every
-device.  Book: chapters 1 and 2.
+device.  Book: chapter 2.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Without a mask this is robust PCA, which CAP starts from.  With one it is the paper's baseline
 "PCP with mask": the pruned entries of W must be matched by L alone, the kept ones may differ by a
 sparse S.  Solved by the inexact augmented Lagrange multiplier method; each iteration is one SVD.
-Book: chapter 2.
+Book: chapter 6.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ sparsegpt  W[i, j]² / [H⁻¹][j, j], H updated      Gram matrix H (n, n)
 ========== ====================================== ==========================
 
 SparseGPT alone moves the weights that it keeps: each pruned weight's error is spread over the
-columns to its right.  Book: chapter 1.
+columns to its right.  Book: chapters 1 and 3.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Calibration windows are shared out over the ranks, their statistics are summed, 
 of a block are shared out and sent round.  Rank 0 alone writes.  Without ``torchrun`` there is one
 rank and nothing happens.  An error on one rank ends its process, and ``torchrun`` ends the others.
 
-Book: chapter 2.
+Book: how to use this book.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A recipe: everything that decides how a model is compressed, besides the model and its text.
 
-Book: chapter 2.
+Book: chapter 5.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ and with two schedules:
 The error may be weighed by a :mod:`metric <slr.metric>`.  Scaling columns commutes with a mask,
 so ``Diagonal(d)`` is the same algorithm on W diag(d); ``Gram(H)`` is :mod:`slr.gram`.
 
-Book: chapter 2.
+Book: chapters 5 and 6.
 """
 
 from __future__ import annotations

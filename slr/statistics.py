@@ -2,7 +2,7 @@
 
 Both statistics add up in float64 on the CPU or float32 on a GPU, whatever the dtype of the
 activations, and two of the same kind can be merged: by :meth:`merge` within a process, by
-:meth:`all_reduce` across processes.  Book: chapter 1.
+:meth:`all_reduce` across processes.  Book: chapter 3.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The model is built without weights; a module's tensors are read when it is needed and let go
 afterwards, so that a model of any size passes through the memory of one block.
 
-Book: chapter 2.
+Book: how to use this book.
 """
 
 from __future__ import annotations

@@ -1,0 +1,175 @@
+"""The rendered book in a real browser: run by ``make browser-test`` after ``make book``.
+
+A page of our own loads every page of the book in a frame, 1280 and 390 pixels wide, from a server
+on localhost, and looks at what the reader would see.  Needs Chromium or Chrome on the PATH.
+"""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BOOK = ROOT / "_build" / "html"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+WIDTHS = (1280, 390)
+
+LOOK = """<!doctype html><meta charset="utf-8"><body><script>
+const pages = PAGES, widths = WIDTHS, found = {};
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+async function load(page, width) {
+  const frame = document.createElement("iframe");
+  frame.style = `width:${width}px;height:900px;border:0`;
+  frame.src = "/" + page;
+  document.body.append(frame);
+  await new Promise((done) => (frame.onload = done));
+  const view = frame.contentWindow;
+  for (let i = 0; i < 100 && !view.MathJax?.startup?.promise; i++) await wait(20);
+  if (view.MathJax?.startup?.promise) await view.MathJax.startup.promise;
+  await wait(100);
+  return frame;
+}
+function clipped(doc, width) {
+  // Wider than the page, and not inside something that scrolls.
+  return [...doc.querySelectorAll("article *")].filter((node) => {
+    const box = node.getBoundingClientRect();
+    if (!box.width || box.right <= width + 1) return false;
+    for (let up = node; up && up !== doc.body; up = up.parentElement) {
+      const style = doc.defaultView.getComputedStyle(up);
+      if (["auto", "scroll", "hidden"].includes(style.overflowX)) return false;
+      if (style.position === "fixed" || style.visibility === "hidden") return false;
+    }
+    return true;
+  }).map((node) => node.outerHTML.slice(0, 120));
+}
+function look(frame, width) {
+  const view = frame.contentWindow, doc = frame.contentDocument;
+  const article = doc.querySelector("article");
+  const figures = [...article.querySelectorAll("img")];
+  const links = [...article.querySelectorAll("a[href]")].map((a) => a.getAttribute("href"));
+  const controls = [...article.querySelectorAll("a[href], button, summary")]
+    .filter((node) => node.checkVisibility({ checkVisibilityCSS: true }));
+  return {
+    red: [...doc.querySelectorAll(`mjx-merror, [data-mjx-error], mjx-container [style*="red"],
+      mjx-container [fill="red"], mjx-container [mathcolor="red"]`)].map((e) => e.outerHTML),
+    raw: (article.innerText.match(/\\\\(frac|lVert|circ|begin)\\b|\\$\\$/g) || []),
+    maths: doc.querySelectorAll("mjx-container").length,
+    broken: figures.filter((i) => !i.complete || !i.naturalWidth).map((i) => i.src),
+    mute: figures.filter((i) => (i.alt || "").length < 40).map((i) => i.src),
+    outside: view.performance.getEntriesByType("resource").map((e) => e.name)
+      .filter((name) => !name.startsWith(location.origin) && !name.startsWith("data:")),
+    wide: doc.documentElement.scrollWidth,
+    clipped: clipped(doc, width),
+    anchors: links.filter((h) => h.startsWith("#") && h.length > 1
+      && !doc.getElementById(decodeURIComponent(h.slice(1)))),
+    local: links.filter((h) => !/^(#|[a-z]+:)/.test(h)),
+    unreachable: controls.filter((node) => { node.focus(); return doc.activeElement !== node; })
+      .map((node) => node.outerHTML.slice(0, 120)),
+    skip: !!doc.querySelector("#pst-skip-link, a.skip-link, a[href='#main-content']"),
+    language: doc.documentElement.lang,
+  };
+}
+(async () => {
+  for (const page of pages) {
+    found[page] = {};
+    for (const width of widths) {
+      const frame = await load(page, width);
+      found[page][width] = look(frame, width);
+      frame.remove();
+    }
+  }
+  const done = document.createElement("pre");
+  done.id = "found";
+  done.textContent = encodeURIComponent(JSON.stringify(found));
+  document.body.replaceChildren(done);
+})();
+</script>"""
+
+
+def pages():
+    skip = {"genindex.html", "search.html", "index.html"}
+    found = [p.relative_to(BOOK).as_posix() for p in BOOK.rglob("*.html")]
+    return sorted(p for p in found if p not in skip and not p.startswith("_"))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.fail(f"no browser: install one of {', '.join(BROWSERS)}")
+    if not (BOOK / "index.html").is_file():
+        pytest.fail("no book yet: run 'make book' first")
+    script = LOOK.replace("PAGES", json.dumps(pages())).replace("WIDTHS", json.dumps(WIDTHS))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path != "/look":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(script.encode())
+
+        def log_message(self, *_):
+            pass
+
+    serve = functools.partial(Handler, directory=str(BOOK))
+    with http.server.ThreadingHTTPServer(("localhost", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+            "--window-size=1400,1000", "--virtual-time-budget=600000", "--dump-dom",
+            f"http://localhost:{server.server_address[1]}/look",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        server.shutdown()
+    told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
+    assert told, f"the browser told nothing: {done.stderr[-500:]}"
+    from urllib.parse import unquote
+
+    return json.loads(unquote(told[1]))
+
+
+def everywhere(seen, what):
+    return {f"{page} at {w}": at[what] for page, by in seen.items() for w, at in by.items()}
+
+
+def test_every_chapter_is_there(seen):
+    chapters = {f"notebooks/{p.stem}.html" for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert chapters <= set(seen)
+    for chapter in chapters:
+        assert seen[chapter]["1280"]["maths"] > 5
+
+
+@pytest.mark.parametrize("what", ["red", "raw", "broken", "mute", "outside", "anchors"])
+def test_nothing_is_broken(seen, what):
+    bad = {where: found for where, found in everywhere(seen, what).items() if found}
+    assert not bad
+
+
+def test_links_within_the_book_lead_somewhere(seen):
+    for page, by in seen.items():
+        for link in by["1280"]["local"]:
+            target = (BOOK / page).parent / link.partition("#")[0].partition("?")[0]
+            assert target.exists(), f"{page}: {link}"
+
+
+def test_nothing_is_cut_off_on_a_phone(seen):
+    bad = {page: by["390"]["clipped"][:3] for page, by in seen.items() if by["390"]["clipped"]}
+    assert not bad
+    assert all(by["390"]["wide"] <= 391 for by in seen.values())
+
+
+def test_the_keyboard_reaches_everything(seen):
+    bad = {where: found for where, found in everywhere(seen, "unreachable").items() if found}
+    assert not bad
+    assert all(everywhere(seen, "skip").values())
+    assert set(everywhere(seen, "language").values()) == {"en"}
