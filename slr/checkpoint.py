@@ -97,9 +97,9 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json")
 
 
-def context(folder: Path) -> int:
+def context(folder: Path, most: int = 2048) -> int:
     """Tokens in an evaluation window by default: the longest context, 2048 at most."""
-    return min(2048, int(_config(folder).get("max_position_embeddings", 2048)))
+    return min(most, int(_config(folder).get("max_position_embeddings", most)))
 
 
 def about(folder: Path) -> dict | None:

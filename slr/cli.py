@@ -329,6 +329,45 @@ def export_(
     print(_table(rows))
 
 
+@app.command("reproduce")
+@_one_line_errors
+def reproduce_(
+    table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
+    rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
+    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4'")] = None,
+    model: Annotated[str | None, typer.Option(help=f"instead of its own: {MODEL}")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the cells  [default: results/measured/TABLE]")
+    ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is there")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+) -> None:
+    """Measure a published table, cell by cell; a stopped run goes on when called again."""
+    from slr import reproduce
+
+    spec = reproduce.Spec.read(table)
+    name = spec.name if model is None else model.strip("/").replace("/", "-")
+    out = out or Path("results") / "measured" / name
+    device = _device(device)
+    _say(f"{spec.title}: {model or spec.model} -> {out}, on {device}")
+    measured = reproduce.reproduce(
+        spec, out, model=model, rows=rows.split(","), columns=columns.split(",") if columns else (),
+        device=device, fresh=fresh, progress=True,
+    )  # fmt: skip
+    known = reproduce.published(spec) if model is None else {}
+    if json_output:
+        print(json.dumps({"table": spec.name, "measured": measured, "published": known}))
+        return
+    shown = list(columns.split(",")) if columns else list(spec.columns)
+    print(f"{'perplexity measured here':<32}" + "".join(f"{c:>10}" for c in ["dense", *shown]))
+    for row, cells in measured.items():
+        for label, values in ((row, cells), ("  published", known.get(row, {}))):
+            line = [f"{values[c]:>10.2f}" if c in values else " " * 10 for c in ["dense", *shown]]
+            if values:
+                print(f"{label:<32}" + "".join(line))
+
+
 def main() -> None:
     """Entry point of the ``slr`` command."""
     app()

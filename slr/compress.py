@@ -33,11 +33,16 @@ if TYPE_CHECKING:
 
     from slr.journal import Journal
 
-__all__ = ["about", "compress", "compress_model", "shard_name"]
+__all__ = ["about", "compress", "compress_model", "plan_layers", "shard_name"]
 
 
-def _plan(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict[str, Recipe]]:
-    """Recipe of each linear of each block, all checked.
+def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict[str, Recipe]]:
+    """Recipe of each linear of each block, by its name within the block, all checked.
+
+    Args:
+        model: dense; its weights are not looked at.
+        recipe: of the model.
+        hidden_size: of the model, for a rank that is a fraction of it.
 
     Raises:
         ValueError: a layer that pattern or rank does not fit, nothing to do, or names in the
@@ -97,7 +102,7 @@ def compress_model(
     """
     hidden_size = model.config.get_text_config().hidden_size
     recipe = recipe.resolved(hidden_size)
-    plan = _plan(model, recipe, hidden_size)
+    plan = plan_layers(model, recipe, hidden_size)
     if recipe.statistic is not None and windows is None:
         raise ValueError(
             f"prune={recipe.prune!r} with refine={recipe.refine!r} needs calibration windows"
@@ -179,7 +184,7 @@ def compress(
     stream = Stream(source, device)
     hidden_size = stream.config.hidden_size
     recipe = (recipe or Recipe()).resolved(hidden_size)
-    plan = _plan(stream.model, recipe, hidden_size)
+    plan = plan_layers(stream.model, recipe, hidden_size)
     windows, text = None, None
     if recipe.statistic is not None:
         windows, text = checkpoint.calibration_windows(source, recipe, calibration)
@@ -192,8 +197,7 @@ def compress(
     with ranks.first(Journal(out, key, resume)) as journal:
         inputs = None
         if windows is not None:
-            for name, module in stream.outside().items():
-                stream.fill(name, module)
+            stream.fill_outside()
             inputs = first_inputs(stream.model, ranks.mine(windows), folder=journal.folder)
             for module in stream.outside().values():
                 stream.empty(module)

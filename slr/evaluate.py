@@ -10,7 +10,9 @@ Book: chapter 1.
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,16 @@ from slr.linear import SLRLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["compare", "perplexity", "pruned_source", "tasks"]
+    from slr.stream import Stream
+
+__all__ = [
+    "check_vocabulary",
+    "compare",
+    "perplexity",
+    "pruned_source",
+    "streamed_perplexity",
+    "tasks",
+]
 
 # What a result is called; else refined.
 REPAIRED = {"none": "pruned", "svd": "SVD repair", "eora": "EoRA repair"}
@@ -83,19 +94,26 @@ def perplexity(
     if text.ndim != 2 or text.shape[1] < 2:
         raise ValueError(f"windows have shape {tuple(text.shape)}; they must be (count, seqlen)")
     text = text if limit is None else text[:limit]
-    count = text.shape[0] * (text.shape[1] - 1)
     if folder is not None and stream:
-        total = _streamed(folder, text, progress, device, dtype)
-    else:
-        loaded: Any = model
-        if folder is not None:
-            loaded = checkpoint.load(folder, dtype=dtype)
-            nn.Module.to(loaded, device)
-        total = _whole(loaded, text, progress)
-    return float(torch.exp(torch.tensor(total / count, dtype=torch.float64)))
+        from slr.stream import Stream
+
+        opened = Stream(folder, device, dtype)
+        opened.fill_outside()
+        return streamed_perplexity(opened, text, progress=progress)
+    loaded: Any = model
+    if folder is not None:
+        loaded = checkpoint.load(folder, dtype=dtype)
+        nn.Module.to(loaded, device)
+    return _exponential(_whole(loaded, text, progress), text)
 
 
-def _check_vocabulary(text: Tensor, config) -> None:
+def _exponential(total: float, windows: Tensor) -> float:
+    """Perplexity from the summed loss of all predictions."""
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def check_vocabulary(text: Tensor, config) -> None:
+    """Raise ValueError if a token is not in the vocabulary of a model with this configuration."""
     vocabulary = config.get_text_config().vocab_size
     if int(text.max()) >= vocabulary:
         raise ValueError(
@@ -114,7 +132,7 @@ def _loss(logits: Tensor, ids: Tensor) -> float:
 
 @torch.inference_mode()
 def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
-    _check_vocabulary(text, model.config)
+    check_vocabulary(text, model.config)
     was_training = model.training
     model.eval()
     total = 0.0
@@ -126,32 +144,40 @@ def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
     return total
 
 
-@torch.inference_mode()
-def _streamed(
-    folder: Path, text: Tensor, progress: str | None, device: str, dtype: torch.dtype
+@torch.no_grad()
+def streamed_perplexity(
+    stream: Stream,
+    windows: Tensor,
+    *,
+    progress: str | None = None,
+    change: Callable[[int, str, nn.Module], None] | None = None,
 ) -> float:
-    from slr.calibrate import first_inputs, logits
-    from slr.stream import Stream
+    """Perplexity of a streamed checkpoint, one decoder block in memory at a time.
 
-    stream = Stream(folder, device, dtype)
-    _check_vocabulary(text, stream.config)
-    outside = stream.outside()
-    for name, module in outside.items():
-        stream.fill(name, module)
-    rows = max(1, TOKENS_AT_ONCE // text.shape[1])
+    Args:
+        stream: whose modules outside of the blocks are filled.
+        windows: token windows (count, seqlen).
+        progress: label of a bar over the blocks, none if ``None``.
+        change: called with number, name and module of each block, filled, before it is used.
+    """
+    from slr.calibrate import first_inputs, logits
+
+    check_vocabulary(windows, stream.config)
+    rows, total = max(1, TOKENS_AT_ONCE // windows.shape[1]), 0.0
     with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
-        inputs = first_inputs(stream.model, text, rows, Path(scratch))
+        inputs = first_inputs(stream.model, windows, rows, Path(scratch))
         blocks = range(len(stream.blocks))
         for index in tqdm(blocks, desc=progress, disable=progress is None, unit="block"):
             name, block = stream.block(index)
             stream.fill(name, block)
+            if change is not None:
+                change(index, name, block)
             inputs.run(index, block, keep=True)
             stream.empty(block)
-        total = 0.0
-        for ids, hidden in zip(text.split(rows), inputs.hidden.split(rows), strict=True):
-            ids = ids.to(device)
-            total += _loss(logits(stream.model, ids, hidden.to(device)), ids)
-    return total
+        for ids, hidden in zip(windows.split(rows), inputs.hidden.split(rows), strict=True):
+            ids = ids.to(stream.device)
+            total += _loss(logits(stream.model, ids, hidden.to(stream.device)), ids)
+    return _exponential(total, windows)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from slr.filled import row_blocks
 from slr.linear import SLRLinear
 from slr.metric import Diagonal, Gram, Metric
 from slr.patterns import parse
+from slr.pcp import pcp_repair
 from slr.prune import prune
 from slr.recipe import Recipe
 from slr.refine import Refined, refine, svd_repair
@@ -83,6 +84,8 @@ def compress_layer(
         metric = Diagonal(norm)
     elif recipe.refine in ("activations", "eora") and gram is not None:
         metric = Gram(gram)
+    if recipe.refine == "pcp":
+        return pcp_repair(weight, mask, recipe.rank)
     if recipe.refine in ("svd", "eora"):
         return svd_repair(weight, mask, recipe.rank, metric, sparse=kept)
     return refine(

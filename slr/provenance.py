@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,11 +26,24 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _commit() -> str | None:
+    """Of the working tree that this package runs from, marked if it has changes; else None."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        ask = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+            capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ask.stdout.strip() or None
+
+
 def provenance() -> dict:
-    """Versions of slr and what it stands on, processor, threads, GPU and UTC date.
+    """Versions of slr and what it stands on, commit, processor, threads, GPU and UTC date.
 
     >>> sorted(provenance())
-    ['date', 'gpu', 'processor', 'python', 'threads', 'versions']
+    ['commit', 'date', 'gpu', 'processor', 'python', 'threads', 'versions']
     """
     import slr
 
@@ -41,6 +55,7 @@ def provenance() -> dict:
             continue
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "versions": versions,

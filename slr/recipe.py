@@ -16,7 +16,7 @@ from slr.statistics import GramStatistic, NormStatistic
 
 __all__ = ["REPAIRS", "Recipe", "parse_override"]
 
-REPAIRS = ("weights", "diagonal", "activations", "svd", "eora", "none")
+REPAIRS = ("weights", "diagonal", "activations", "svd", "eora", "pcp", "none")
 WHOLE = ("samples", "seqlen", "seed", "skip", "overrides")  # not to be overridden for a layer
 
 
@@ -31,7 +31,7 @@ class Recipe:
         refine: repair: Algorithm 1 on the ``"weights"`` (the paper, data-free), on weights
             scaled by activation norms (``"diagonal"``) or on the layer's outputs
             (``"activations"``); one shot, ``"svd"`` of the weights or ``"eora"`` of the
-            outputs; or ``"none"``.
+            outputs; ``"pcp"``, principal component pursuit; or ``"none"``.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement.

@@ -246,6 +246,11 @@ class Stream:
                 found[name] = module
         return found
 
+    def fill_outside(self) -> None:
+        """Fill all modules with tensors that are in no decoder block."""
+        for name, module in self.outside().items():
+            self.fill(name, module)
+
     def fill(self, name: str, module: nn.Module) -> None:
         """Read the tensors of a module from the files."""
         tied = self._tied()

@@ -1,11 +1,13 @@
 """What every chapter must have, read from the files: no chapter is run here (nbval does that)."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import slr
 
@@ -43,8 +45,15 @@ def exercises(chapter):
             yield "".join(cell["source"]), code[1]
 
 
-def test_there_are_chapters():
-    assert len(CHAPTERS) >= 2
+def test_chapters_are_numbered_and_in_the_table_of_contents():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    listed = [file for file in listed if file.startswith("notebooks/")]
+    assert listed == [f"notebooks/{path.stem}" for path in CHAPTERS]
+    for number, path in enumerate(CHAPTERS, 1):
+        assert path.stem.startswith(f"{number:02}_")
+        title = sources(json.loads(path.read_text(encoding="utf-8")), "markdown")[0]
+        assert title.startswith(f"# {number}. ")
 
 
 def test_has_all_parts_in_order(chapter):
@@ -118,8 +127,37 @@ def test_solutions_pass_and_stubs_fail(chapter):
         exec(call, space)
 
 
-def test_no_typed_results():
-    """Prose states no perplexity of ours: those are computed in cells."""
-    for path in CHAPTERS:
-        text = "\n".join(sources(json.loads(path.read_text(encoding="utf-8")), "markdown"))
-        assert not re.search(r"perplexity (of|is|was) \d", text), path.name
+def test_every_proposition_is_proved_and_checked(chapter):
+    cells = chapter["cells"]
+    for i, cell in enumerate(cells):
+        text = "".join(cell["source"])
+        if cell["cell_type"] != "markdown" or "**Proposition" not in text:
+            continue
+        start = text[text.index("**Proposition") :][:60]
+        assert text.count("**Proposition") == 1, f"two at once: {start!r}"
+        after = text[text.index("**Proposition") :]
+        assert "*Proof.*" in after, f"no proof: {start!r}"
+        assert "\\square" in after, f"no end of the proof: {start!r}"
+        code = itertools.takewhile(lambda c: c["cell_type"] == "code", cells[i + 1 :])
+        assert any("assert " in "".join(c["source"]) for c in code), f"not checked: {start!r}"
+
+
+# Not of ours: mathematics, code, links and what is in a solution.
+NOT_PROSE = re.compile(
+    r"<details>.*?</details>|```.*?```|\$\$.*?\$\$|\$.*?\$|`.*?`|\[.*?\]\(.*?\)", re.S
+)
+MEASURED = re.compile(r"(?<![\w.:/])\d+(?:\.\d+ ?%?| ?%| per cent)(?![\w:])")
+
+
+def test_no_typed_results(chapter):
+    """A decimal or a percentage in prose is computed by a cell, or its paragraph cites it."""
+    code = "\n".join(sources(chapter, "code"))
+    shown = json.dumps([c.get("outputs") for c in chapter["cells"]])
+    for text in sources(chapter, "markdown"):
+        for paragraph in NOT_PROSE.sub(" ", text).split("\n\n"):
+            if "published" in paragraph:
+                continue
+            for number in MEASURED.findall(paragraph):
+                bare = re.match(r"[\d.]+", number)[0]
+                known = {bare, f"{float(bare) / 100:g}"}
+                assert any(n in code or n in shown for n in known), (number, paragraph)

@@ -1,0 +1,1 @@
+"""Tables to reproduce, one JSON file each; installed as ``slr.specs``."""

@@ -1,0 +1,343 @@
+"""A published table, one cell at a time: every mask × repair × sparsity of a model's perplexity.
+
+A :class:`Spec` (``results/specs/NAME.json``) says what the table is; :func:`reproduce` fills it.
+Each cell is one small JSON file with the number and all that decided it, so that a run may be
+stopped at any time, goes on where it was, and never measures a cell twice.  The model is streamed:
+a block is read, pruned and repaired, passes on its calibration and evaluation inputs, and is
+forgotten, so nothing is written but the number.
+
+Book: chapters 9 and 10.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slr import checkpoint, data
+from slr.calibrate import first_inputs
+from slr.compress import plan_layers
+from slr.evaluate import streamed_perplexity
+from slr.journal import write_atomically
+from slr.layers import LayerReport, compress_block
+from slr.provenance import provenance
+from slr.recipe import Recipe
+from slr.stream import Stream
+
+__all__ = ["Cell", "Spec", "grid", "measure", "published", "reproduce", "specs"]
+
+# What a row is called, by `Recipe.refine`; the cheapest first.
+REPAIRS = {
+    "none": "pruned",
+    "svd": "svd",
+    "weights": "refined",
+    "activations": "refined-activations",
+    "eora": "eora",
+    "pcp": "pcp",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: its row and column, and the recipe; no recipe is the dense model."""
+
+    row: str
+    column: str
+    recipe: Recipe | None
+
+    def file(self, out: Path) -> Path:
+        """Where its JSON is kept under `out`."""
+        return out / self.row.replace("/", "-") / f"{self.column.replace(':', '-')}.json"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A table to fill.
+
+    Attributes:
+        name: of the spec.
+        title: of the table.
+        model: ``"tiny"``, a folder, or a name on the Hugging Face hub.
+        dtype: of the weights on a GPU; a CPU computes in float32.
+        text: to evaluate on, as for :func:`slr.data.load_text`.
+        seqlen: tokens in a window.
+        limit: at most this many windows; ``None`` takes all.
+        calibration: as for :func:`slr.compress.compress`.
+        recipe: options of every recipe.
+        masks, repairs, columns: values of `Recipe.prune`, `.refine` and `.pattern`.
+        published: file of published numbers, if any.
+    """
+
+    name: str
+    title: str
+    model: str
+    dtype: str
+    text: str
+    seqlen: int
+    limit: int | None
+    calibration: str
+    recipe: dict[str, Any]
+    masks: Sequence[str]
+    repairs: Sequence[str]
+    columns: Sequence[str]
+    published: str | None = None
+
+    @classmethod
+    def read(cls, name: str) -> Spec:
+        """A spec by name, or from the path of a JSON file.
+
+        Raises:
+            ValueError: no such spec, or one that says something unknown.
+        """
+        path = Path(name)
+        if path.suffix == ".json" and path.is_file():
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        elif name in specs():
+            text = (resources.files("slr.specs") / f"{name}.json").read_text(encoding="utf-8")
+        else:
+            known = ", ".join(specs())
+            raise ValueError(f"table {name!r} is neither one of {known} nor a JSON file")
+        try:
+            spec = cls(name=name, **json.loads(text))
+            list(spec.cells())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"table {name!r}: {error}") from None
+        return spec
+
+    @property
+    def rows(self) -> list[str]:
+        """Names of the rows, in the order of the table."""
+        return ["dense", *(f"{m}/{REPAIRS[r]}" for m in self.masks for r in self.repairs)]
+
+    def cells(self, rows: Sequence[str] = ("*",), columns: Sequence[str] = ()) -> Iterator[Cell]:
+        """The cells of some rows and columns, the cheapest first.
+
+        Args:
+            rows: names, with ``*`` for anything: ``["magnitude/*", "dense"]``.
+            columns: patterns; all when empty.
+
+        Raises:
+            ValueError: a row or column that is not in the table.
+        """
+        for row in rows:
+            if not any(fnmatchcase(name, row) for name in self.rows):
+                raise ValueError(f"row {row!r} fits none of {', '.join(self.rows)}")
+        for column in columns:
+            if column not in self.columns:
+                raise ValueError(f"column {column!r} is none of {', '.join(self.columns)}")
+
+        def wanted(name: str) -> bool:
+            return any(fnmatchcase(name, row) for row in rows)
+
+        if wanted("dense"):
+            yield Cell("dense", "dense", None)
+        for repair in sorted(self.repairs, key=list(REPAIRS).index):
+            for mask in self.masks:
+                row = f"{mask}/{REPAIRS[repair]}"
+                for column in (
+                    c for c in self.columns if wanted(row) and (c in columns or not columns)
+                ):
+                    recipe = Recipe(prune=mask, refine=repair, pattern=column, **self.recipe)
+                    yield Cell(row, column, recipe)
+
+
+def specs() -> list[str]:
+    """Names of the specs that come with the package."""
+    found = resources.files("slr.specs").iterdir()
+    return sorted(file.name[:-5] for file in found if file.name.endswith(".json"))
+
+
+def published(spec: Spec) -> dict[str, dict[str, float]]:
+    """The published numbers of a table: row -> column -> perplexity; empty if there are none."""
+    if spec.published is None:
+        return {}
+    file = resources.files("slr.published") / spec.published
+    told = json.loads(file.read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, float]] = {"dense": {"dense": told["dense"]}}
+    for mask in spec.masks:
+        for repair, row in told.get(mask, {}).items():
+            rows[f"{mask}/{repair}"] = row
+    return rows
+
+
+def grid(spec: Spec, out: str | Path) -> dict[str, dict[str, float]]:
+    """The measured numbers that are there: row -> column -> perplexity, in table order."""
+    found: dict[str, dict[str, float]] = {row: {} for row in spec.rows}
+    for cell in spec.cells():
+        file = cell.file(Path(out))
+        if file.is_file():
+            told = json.loads(file.read_text(encoding="utf-8"))
+            found[cell.row][cell.column] = told["perplexity"]
+    return {
+        row: {c: cells[c] for c in ("dense", *spec.columns) if c in cells}
+        for row, cells in found.items()
+        if cells
+    }
+
+
+@torch.no_grad()
+def measure(
+    folder: Path,
+    recipe: Recipe | None,
+    windows: Tensor,
+    calibration: Tensor | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: str | None = None,
+) -> tuple[float, list[LayerReport]]:
+    """Perplexity of a checkpoint compressed by a recipe, in one pass over its blocks.
+
+    Args:
+        folder: of the dense checkpoint.
+        recipe: ``None`` leaves it dense.
+        windows: to evaluate on, int64 (count, seqlen).
+        calibration: windows, for a recipe that needs data.
+        device: where to compute.
+        dtype: of the weights.
+        progress: label of a bar over the blocks, on standard error.
+
+    Returns:
+        The perplexity, and one :class:`~slr.layers.LayerReport` for each layer.
+
+    Raises:
+        ValueError: as :func:`slr.compress.compress_model`.
+
+    Cost: as compressing and evaluating; memory for one block, and the hidden states of all
+        windows, on disk when large.
+    """
+    stream = Stream(folder, device, dtype)
+    stream.fill_outside()
+    if recipe is None:
+        return streamed_perplexity(stream, windows, progress=progress), []
+    recipe = recipe.resolved(stream.config.hidden_size)
+    plan = plan_layers(stream.model, recipe, stream.config.hidden_size)
+    reports: list[LayerReport] = []
+    with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
+        observed = None
+        if recipe.statistic is not None:
+            if calibration is None:
+                raise ValueError(f"prune={recipe.prune!r} needs calibration windows")
+            observed = first_inputs(stream.model, calibration, folder=Path(scratch))
+
+        def change(index: int, name: str, block: nn.Module) -> None:
+            seed = recipe.seed + len(reports)
+            reports.extend(compress_block(name, block, index, plan[index], observed, seed=seed))
+            if observed is not None and index + 1 < len(plan):
+                observed.run(index, block, keep=True)
+
+        value = streamed_perplexity(stream, windows, progress=progress, change=change)
+    return value, reports
+
+
+def reproduce(
+    spec: Spec,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    rows: Sequence[str] = ("*",),
+    columns: Sequence[str] = (),
+    device: str = "cpu",
+    fresh: bool = False,
+    progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Measure the cells of a table that are not there yet.
+
+    Args:
+        spec: the table.
+        out: folder of the cells, one JSON file each.
+        model: another checkpoint to fill the same table for.
+        rows, columns: a part of the table, as :meth:`Spec.cells`.
+        device: where to compute.
+        fresh: measure again what is there.
+        progress: bars on standard error.
+
+    Returns:
+        :func:`grid` of all that is there now.
+
+    Raises:
+        ValueError: an unknown row or column, a model that does not fit, or a cell that is there
+            but was measured differently.
+    """
+    out = Path(out)
+    folder = checkpoint.resolve(model or spec.model)
+    seqlen = checkpoint.context(folder, most=spec.seqlen)
+    short = min(seqlen, spec.recipe.get("seqlen", seqlen))
+    spec = replace(spec, model=model or spec.model, recipe={**spec.recipe, "seqlen": short})
+    cells = list(spec.cells(rows, columns))
+    tokenizer = checkpoint.load_tokenizer(folder)
+    windows = data.windows(data.load_text(spec.text), tokenizer, seqlen, spec.limit)
+    dtype = getattr(torch, spec.dtype) if device == "cuda" else torch.float32
+    same = {
+        "model": {"name": spec.model, **checkpoint.fingerprint(folder)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "text": {"name": spec.text, **_digest(windows)},
+    }
+    drawn: tuple[Tensor, dict] | None = None  # calibration windows, once they are needed
+    with tqdm(total=len(cells), desc=spec.name, unit="cell", disable=not progress) as bar:
+        for cell in cells:
+            what: dict[str, Any] = {**same, "recipe": None, "calibration": None}
+            calibration = None
+            if cell.recipe is not None:
+                what["recipe"] = cell.recipe.as_dict()
+                if cell.recipe.statistic is not None:
+                    drawn = drawn or checkpoint.calibration_windows(
+                        folder, cell.recipe, spec.calibration
+                    )
+                    calibration, what["calibration"] = drawn
+            if fresh or not _there(cell.file(out), what):
+                started = time.perf_counter()
+                value, reports = measure(
+                    folder, cell.recipe, windows, calibration, device=device, dtype=dtype,
+                    progress=f"{cell.row} {cell.column}" if progress else None,
+                )  # fmt: skip
+                seconds = time.perf_counter() - started
+                about = {"seconds": seconds, "device": device, **provenance()}
+                told = {"row": cell.row, "column": cell.column, "perplexity": value}
+                for key in ("pruned_error", "error") if reports else ():
+                    told[key] = sum(getattr(r, key) for r in reports) / len(reports)
+                _write(cell.file(out), {**told, "what": what, "about": about})
+            bar.update()
+    return grid(spec, out)
+
+
+def _digest(windows: Tensor) -> dict:
+    count, seqlen = windows.shape
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return {"windows": count, "seqlen": seqlen, "sha256": digest}
+
+
+def _there(file: Path, what: dict) -> bool:
+    """Whether the cell was measured, and measured the same way."""
+    if not file.is_file():
+        return False
+    before, now = json.loads(file.read_text(encoding="utf-8"))["what"], json.loads(json.dumps(what))
+    for name in now:
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"{file} was measured with another {name}; give another folder with --out, or "
+                "measure again with --fresh"
+            )
+    return True
+
+
+def _write(file: Path, told: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(told, indent=1) + "\n"
+    write_atomically(file, lambda path: _text(path, text))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
