@@ -85,7 +85,9 @@ def compress_layer(
     elif recipe.refine in ("activations", "eora") and gram is not None:
         metric = Gram(gram)
     if recipe.refine == "pcp":
-        return pcp_repair(weight, mask, recipe.rank)
+        # As the paper's toolkit weighs S: by the sum of one column, not of all n of them.
+        balance = 1 / (weight.shape[1] * max(weight.shape) ** 0.5)
+        return pcp_repair(weight, mask, recipe.rank, balance=balance, tolerance=1e-4)
     if recipe.refine in ("svd", "eora"):
         return svd_repair(weight, mask, recipe.rank, metric, sparse=kept)
     return refine(

@@ -36,7 +36,7 @@ from slr.provenance import provenance
 from slr.recipe import Recipe
 from slr.stream import Stream
 
-__all__ = ["Cell", "Spec", "grid", "measure", "published", "reproduce", "specs"]
+__all__ = ["Cell", "Spec", "grid", "measure", "published", "reproduce", "specs", "suggested_model"]
 
 # What a row is called, by `Recipe.refine`; the cheapest first.
 REPAIRS = {
@@ -170,6 +170,14 @@ def published(spec: Spec) -> dict[str, dict[str, float]]:
         for repair, row in told.get(mask, {}).items():
             rows[f"{mask}/{repair}"] = row
     return rows
+
+
+def suggested_model() -> str:
+    """A hub model that this machine can take: LLaMA-7B with 14 GB of GPU memory, else one of 135M."""
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_properties(0).total_memory >= 14e9:
+            return "huggyllama/llama-7b"
+    return "HuggingFaceTB/SmolLM2-135M"
 
 
 def grid(spec: Spec, out: str | Path) -> dict[str, dict[str, float]]:
