@@ -173,10 +173,9 @@ def published(spec: Spec) -> dict[str, dict[str, float]]:
 
 
 def suggested_model() -> str:
-    """A hub model that this machine can take: LLaMA-7B with 14 GB of GPU memory, else one of 135M."""
-    if torch.cuda.is_available():
-        if torch.cuda.get_device_properties(0).total_memory >= 14e9:
-            return "huggyllama/llama-7b"
+    """A hub model for this machine: LLaMA-7B with 14 GB of GPU memory, else one of 135M."""
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 14e9:
+        return "huggyllama/llama-7b"
     return "HuggingFaceTB/SmolLM2-135M"
 
 
