@@ -192,8 +192,8 @@ def refine(
             solver or schedule, a metric of another width.
         TypeError: `weight` is not floating point or `mask` not boolean.
 
-    Cost: ``fast`` about 6 T m n (k + 8) FLOPs and, beside the result, some `BLOCK` floats;
-        ``exact`` T full SVDs.  ``Gram``: see :func:`slr.gram.refine_gram`.
+    Cost: ``fast`` about 6 T m n (k + 8) FLOPs (accelerated: 8) and, beside the result, some
+        `BLOCK` floats; ``exact`` T full SVDs.  ``Gram``: see :func:`slr.gram.refine_gram`.
     Source: Targeted Low-rank Refinement (ICML 2025), Algorithm 1; momentum: Nesterov 1983 in
         the form of Beck and Teboulle 2009.
 
