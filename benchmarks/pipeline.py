@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline.py --model tinyllama-1.1b [--work DIR] [-- options of slr compress]
     python benchmarks/pipeline.py --model llama-7b --out results/measured/pipeline/llama-7b.json
+    python benchmarks/pipeline.py --model llama-7b --evaluate 2
 
 Makes a checkpoint of a published shape (random weights with a realistic spectrum: power law plus
 heavy-tailed noise, bfloat16, one shard a block), compresses it in a process of its own, reads the
@@ -131,32 +132,39 @@ def size(folder: Path, part: str = "") -> int:
     return total
 
 
-def main() -> None:
-    """Make, compress, read back, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="tinyllama-1.1b")
-    parser.add_argument("--work", type=Path, default=Path("build/pipeline"))
-    parser.add_argument("--keep", action="store_true", help="the folders, for another run")
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("options", nargs="*", help="of slr compress, after --")
-    args = parser.parse_args()
-    options = args.options or ["--prune", "magnitude", "--pattern", "2:4"]
-    source, target = args.work / args.model, args.work / f"{args.model}-slr"
-    shutil.rmtree(target, ignore_errors=True)
+def watched(*arguments: str) -> tuple[dict, Watch, float]:
+    """Run the slr command; what it said as JSON, its memory, its seconds."""
     started = time.perf_counter()
-    synthetic(args.model, source)
-    rows = {"make the checkpoint, s": time.perf_counter() - started}
-
-    command = [sys.executable, "-m", "slr.cli", "compress", str(source), "--out", str(target)]
-    started = time.perf_counter()
-    process = subprocess.Popen([*command, "--json", *options], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "slr.cli", *arguments, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     watch = Watch(process.pid)
     watch.start()
     said, _ = process.communicate()
-    rows["compress, s"] = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(process.returncode)
-    told = json.loads(said)
+    return json.loads(said), watch, time.perf_counter() - started
+
+
+def evaluated(source: Path, windows: int) -> dict:
+    """Streamed perplexity of the dense checkpoint: time and peak memory."""
+    told, watch, seconds = watched(
+        "eval", str(source), "--stream", "--limit", str(windows), "--seqlen", "2048",
+        "--dtype", "bfloat16",
+    )  # fmt: skip
+    tokens = told["windows"] * told["seqlen"]
+    return {
+        "evaluate, s": seconds,
+        "tokens": tokens,
+        "tokens / s": tokens / seconds,
+        "peak resident, GB": watch.resident / 1e9,
+        "of it anonymous, GB": watch.anonymous / 1e9,
+    }
+
+
+def compressed(source: Path, target: Path, options: list[str]) -> dict:
+    """Compress, and read the result back block by block."""
+    told, watch, seconds = watched("compress", str(source), "--out", str(target), *options)
+    rows = {"compress, s": seconds}
     for stage in ("read", "calibrate", "layer", "write"):
         rows[f"of it {stage}, s"] = told[f"{stage}_seconds"]
     rows["tensors read, GB"] = told["bytes_read"] / 1e9
@@ -178,9 +186,36 @@ def main() -> None:
     rows["source, GB"], rows["result, GB"] = size(source) / 1e9, size(target) / 1e9
     ratio = size(target, "_proj.") / size(source, "_proj.")
     rows["linear layers, result / source"] = ratio
+    return rows
+
+
+def main() -> None:
+    """Make, compress, read back, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="tinyllama-1.1b")
+    parser.add_argument("--work", type=Path, default=Path("build/pipeline"))
+    parser.add_argument("--keep", action="store_true", help="the folders, for another run")
+    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument(
+        "--evaluate", type=int, metavar="WINDOWS", help="instead: streamed perplexity, on so many"
+    )
+    parser.add_argument("options", nargs="*", help="of slr compress, after --")
+    args = parser.parse_args()
+    options = args.options or ["--prune", "magnitude", "--pattern", "2:4"]
+    source, target = args.work / args.model, args.work / f"{args.model}-slr"
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.perf_counter()
+    synthetic(args.model, source)
+    rows = {"make the checkpoint, s": time.perf_counter() - started}
+
+    if args.evaluate:
+        rows |= evaluated(source, args.evaluate)
+    else:
+        rows |= compressed(source, target, options)
 
     width = max(map(len, rows))
-    print(f"{args.model}: slr compress {' '.join(options)}, {os.cpu_count()} CPUs")
+    what = "eval --stream" if args.evaluate else f"compress {' '.join(options)}"
+    print(f"{args.model}: slr {what}, {os.cpu_count()} CPUs")
     for key, value in rows.items():
         print(f"{key:<{width}}  {value:,.4g}")
     if args.out:
@@ -188,7 +223,7 @@ def main() -> None:
         about = {"command": "python " + " ".join(sys.argv), "options": options, **provenance()}
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if not args.keep:
-        shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)
         shutil.rmtree(source)
 
 

@@ -87,9 +87,9 @@ def draw(result: dict, file: Path) -> None:
     from slr.plots import grouped_bars, use_style
 
     use_style()
-    kinds = {"pruned": "sparse", "SVD": "svd", "refined": "refined"}
+    kinds = {"pruned": "sparse", "SVD": "svd", "refined": "refined", "Gram": "low rank"}
     values = table(result)["perplexity"]
-    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True)
     for axes, mask in zip(panels, ("magnitude", "wanda"), strict=True):
         rows = values[list(kinds)].loc[mask].to_dict("index")
         grouped_bars(rows, kinds, ylabel="perplexity", line=("dense", result["dense"]), axes=axes)

@@ -9,8 +9,9 @@ alternate, and each is the exact minimiser in one unknown or goes towards it:
   S ← argmin over the mask of tr((T - S) H (T - S)ᵀ), by preconditioned conjugate gradients.
 
 Neither needs a factor of H: U is warm-started from round to round and improved by one block power
-step, and the gradient iteration starts from the last S.  Our own step beyond the paper; the first
-half is EoRA's repair, the second is what SparseGPT approximates.  Between the two the mask may be
+step, and the gradient iteration starts from the last S.  This goes beyond the paper; HASSLE-free
+and 3BASiL minimise the same objective by other means.  The first half is EoRA's repair, the second
+is what SparseGPT approximates.  Between the two the mask may be
 chosen anew, by the score of Wanda on what the low-rank part leaves.  Book: chapter 8.
 """
 

@@ -129,7 +129,8 @@ def grouped_bars(
             at, values, width * 0.92, label=label, color=COLORS[kind],
             hatch=HATCHES.get(kind, ""), edgecolor="white", linewidth=0,
         )  # fmt: skip
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+        turn = 90 if len(kinds) > 3 else 0
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1 + turn / 45, rotation=turn)
     if line is not None:
         axes.axhline(line[1], color=COLORS["dense"], linewidth=1.2, label=line[0])
     axes.set_xticks(range(len(rows)), list(rows))

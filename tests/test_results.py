@@ -12,6 +12,9 @@ FILES = sorted(MEASURED.rglob("*.json"))
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(MEASURED).as_posix())
 def test_every_measurement_has_a_command_a_date_and_versions(file):
     found = json.loads(file.read_text(encoding="utf-8"))
+    if "what" in found:  # a cell of `slr reproduce`
+        found = {"command": "python benchmarks/", **found["about"]}
+        assert found["commit"]
     assert found["command"].startswith("python benchmarks/")
     assert found["date"] >= "2026-11-01"
     assert found.get("versions") or found.get("torch")
@@ -48,3 +51,13 @@ def test_the_large_run_fits_where_it_should():
     assert rows["layers"] == 224
     assert rows["peak resident, GB"] <= 4
     assert rows["linear layers, result / source"] <= 0.64
+
+
+def test_refining_the_outputs_has_the_lowest_perplexity_in_every_mask_and_pattern():
+    cells = {}
+    for row in json.loads((MEASURED / "tiny" / "repair.json").read_text())["rows"]:
+        cells.setdefault((row["mask"], row["pattern"]), {})[row["repair"]] = row["perplexity"]
+    assert len(cells) == 15
+    for key, cell in cells.items():
+        for other in ("pruned", "SVD", "EoRA", "refined", "diagonal"):
+            assert cell["Gram, mask updated"] < cell["Gram"] < cell[other], (key, other)
