@@ -45,8 +45,7 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tenso
         An :class:`Agreement`, window by window, so that intervals can be computed.
 
     Raises:
-        ValueError: windows of another shape, a token outside of the vocabulary, or two
-            vocabularies of different sizes.
+        ValueError: windows of another shape, an unknown token, or different vocabularies.
 
     Cost: one forward pass of each model.  Source: Kullback and Leibler 1951.
 
@@ -92,12 +91,10 @@ def bootstrap(
     level: float = 0.95,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic: draw n of n values again and again.
-
-    For two models give the differences, question by question (a *paired* bootstrap).
+    """Percentile interval of a statistic; for two models, of their differences (*paired*).
 
     Args:
-        values: (n,) or (n, …), one row for each independent unit: a question, a window.
+        values: (n,) or (n, …), one for each independent unit: a question, a window.
         statistic: of many samples at once, (resamples, n, …) to (resamples,); the mean.
         resamples: number of samples drawn.
         level: probability that the interval is to cover, between 0 and 1.
@@ -107,8 +104,7 @@ def bootstrap(
         (low, high), quantiles of the statistic over the resamples.
 
     Raises:
-        ValueError: fewer than two values, NaN or infinity, a level or a number of resamples out
-            of range, or a statistic of another shape.
+        ValueError: fewer than two values, or not finite; a bad level, resamples or statistic.
 
     Cost: resamples × n numbers.  Source: Efron 1979; Efron and Tibshirani 1993, chapter 13.
 
@@ -116,20 +112,14 @@ def bootstrap(
     >>> print(f"{low:.1f} to {high:.1f}")
     0.4 to 0.6
     """
-    if values.ndim < 1 or len(values) < 2:
-        raise ValueError(f"values have shape {tuple(values.shape)}; at least 2 are needed")
-    values = values.double()
-    if not bool(values.isfinite().all()):
-        raise ValueError("values hold NaN or infinity")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must be between 0 and 1")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; it must be at least 1")
-    if generator is None:
-        generator = torch.Generator(values.device).manual_seed(0)
-    size = (resamples, len(values))
-    drawn = torch.randint(len(values), size, generator=generator, device=values.device)
-    found = statistic(values[drawn])
+    if values.ndim < 1 or len(values) < 2 or not bool(values.isfinite().all()):
+        raise ValueError(f"values {tuple(values.shape)} must be two or more finite numbers")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level {level} must be between 0 and 1, resamples {resamples} positive")
+    n, device = len(values), values.device
+    generator = generator or torch.Generator(device).manual_seed(0)
+    drawn = torch.randint(n, (resamples, n), generator=generator, device=device)
+    found = statistic(values.double()[drawn])
     if found.shape != (resamples,):
         raise ValueError(f"the statistic has shape {tuple(found.shape)}, not ({resamples},)")
     low, high = found.quantile(found.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()

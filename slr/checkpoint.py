@@ -89,7 +89,8 @@ def _from_hub(name: str, download: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model {name!r} is no folder here, and the hub did not give it: {first}"
+            f"model {name!r} is no folder here, and the hub did not give it ({first}); it needs "
+            "the network once, `hf auth login` if the model is gated, or the path of a folder"
         ) from None
 
 

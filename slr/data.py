@@ -147,7 +147,10 @@ def _dataset(*args, **options):
         return load_dataset(*args, **options)
     except Exception as error:  # whatever the network, the hub or the cache may say
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"data set {args[0]} cannot be had: {first}") from None
+        raise RuntimeError(
+            f"data set {args[0]} cannot be had ({first}); it needs the network once, "
+            "or give a text file"
+        ) from None
 
 
 def calibration(source: str, tokenizer, seqlen: int, samples: int, seed: int = 0) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """Multiple-choice tasks from the held-out text, for lm-eval without a network.
 
-Real benchmarks have to be downloaded, and a tiny model knows nothing that they ask.  These two
-ask about the text that the embedded model was trained to continue: ``slr_cloze``, which word
-ends a passage, and ``slr_continuation``, which piece of text follows it.
+A tiny model knows nothing that real benchmarks ask.  These two ask about text like that which the
+embedded model was trained on: which word ends a passage, and which piece of text follows it.
 
 Book: chapter 11.
 """
@@ -21,8 +20,7 @@ from slr import data
 
 __all__ = ["NAMES", "build", "cloze", "continuation"]
 
-CONTEXT = 160  # characters of a passage, about 50 tokens of the embedded model
-LENGTH = 24  # characters of a continuation
+CONTEXT, LENGTH = 160, 24  # characters of a passage and of a continuation
 CHOICES = 4
 # One space before it, so that passage + " " + choice is the text again.
 WORD = re.compile(r"(?<=\S )[A-Za-z_]\w{2,}")
@@ -167,8 +165,7 @@ def build(
     Raises:
         ValueError: too few documents, or a folder that cannot be written.
     """
-    files = {}
-    where = Path(folder).absolute()
+    files, where = {}, Path(folder).absolute()
     for name, make in NAMES.items():
         rows = make(examples, seed=seed, documents=documents)
         template = resources.files("slr").joinpath("tasks", f"{name}.yaml").read_text("utf-8")
