@@ -84,7 +84,7 @@ def _scores(model: PreTrainedModel, rows: list[tuple[list[int], list[list[int]]]
         put = {"input_ids": ids, "attention_mask": mask, "position_ids": at}
         return model(**{k: v.to(model.device) for k, v in put.items()}, use_cache=True, **more)
 
-    found = run(contexts, seen, torch.arange(longest).expand(len(rows), -1), logits_to_keep=1)
+    found = run(contexts, seen, (seen.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
     logits = found.logits.repeat_interleave(count, 0)
     if width > 1:
         cache = found.past_key_values
