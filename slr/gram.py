@@ -136,7 +136,7 @@ def refine_gram(
     H = definite(metric.damped(work))[0]
     # One scale for all of H: products stay in range in float32 whatever its units.
     unit = H.diagonal().mean()
-    H = H / unit
+    H.div_(unit)  # our own copy
     m, n = work.shape
     width = min(rank + OVERSAMPLING, m, n)
     U = torch.randn(m, width, generator=generator, device=work.device, dtype=work.dtype)

@@ -51,7 +51,7 @@ def _in_turn(places: Mapping[str, list], draw: random.Random) -> Iterator[tuple[
 
 def _question(name: str, context: str, right: str, wrong: list[str], draw: random.Random) -> dict:
     choices = [right, *wrong]
-    pass
+    draw.shuffle(choices)
     context = context[context.find(" ") + 1 :]  # no half word at its beginning
     return {
         "document": name, "context": context, "choices": choices, "gold": choices.index(right)

@@ -109,7 +109,7 @@ class GramStatistic(_Statistic):
     def update(self, x: Tensor) -> None:
         """Add activations (…, n).  Cost: 2 n² FLOPs a token, in float32 within a batch."""
         rows = self._rows(x)
-        self.total += (rows.T @ rows).to(self.total.dtype)
+        self.total += rows.T @ rows  # no copy in float64 of what is added
 
     def gram(self) -> Tensor:
         """H, (n, n) float32, symmetric.
@@ -119,7 +119,7 @@ class GramStatistic(_Statistic):
         """
         if not self.tokens:
             raise ValueError("no activations were added")
-        return (self.total / self.tokens).float()
+        return self.total.float().div_(self.tokens)
 
     def norm(self) -> Tensor:
         """‖X[j]‖₂, (n,) float32: what :class:`NormStatistic` gives."""

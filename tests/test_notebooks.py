@@ -101,6 +101,16 @@ def test_light_and_offline():
         assert "application/javascript" not in raw
 
 
+def test_figures_have_names_of_their_own():
+    names = [
+        cell["metadata"]["mystnb"]["figure"].get("name")
+        for path in CHAPTERS
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if "mystnb" in cell["metadata"]
+    ]
+    assert len(names) == len(set(names))
+
+
 def test_same_setup_cell_everywhere():
     first = {sources(json.loads(p.read_text(encoding="utf-8")), "code")[0] for p in CHAPTERS}
     assert len(first) == 1
