@@ -32,7 +32,7 @@ _NOT_EVERYWHERE = frozenset(
     }
 )  # fmt: skip
 _NEVER = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"})
-_LONGEST = 20_000  # characters of one document in a corpus: no module may dominate it
+LONGEST = 20_000  # characters of one document in a corpus: no module may dominate it
 
 
 def held_out(name: str) -> bool:
@@ -106,7 +106,7 @@ def corpus(split: str) -> str:
     buckets = {"validation": 0, "calibration": 1}
     if split not in buckets:
         raise ValueError(f"split is {split!r}; it must be 'validation' or 'calibration'")
-    chosen = [t[:_LONGEST] for n, t in documents().items() if _bucket(n) == buckets[split]]
+    chosen = [t[:LONGEST] for n, t in documents().items() if _bucket(n) == buckets[split]]
     return "\n\n".join(chosen)
 
 

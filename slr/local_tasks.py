@@ -38,7 +38,7 @@ def _kind(word: str) -> str:
 
 def _held_out() -> dict[str, str]:
     named = data.documents().items()
-    return {name: text[: data._LONGEST] for name, text in named if data.held_out(name)}
+    return {name: text[: data.LONGEST] for name, text in named if data.held_out(name)}
 
 
 def _in_turn(places: Mapping[str, list], draw: random.Random) -> Iterator[tuple[str, re.Match]]:

@@ -116,9 +116,9 @@ class Gram:
             )
 
     def error(self, E: Tensor) -> float:
-        """√tr(E H Eᵀ) of E (m, n), H undamped."""
-        E, H = E.double(), self.matrix.to(E.device).double()
-        return float(((E @ H) * E).sum().clamp_min(0).sqrt())
+        """√tr(E H Eᵀ) of E (m, n), H undamped; summed in float64."""
+        E = E if E.dtype == torch.float64 else E.float()
+        return float(((E @ self.matrix.to(E)) * E).sum(dtype=torch.float64).clamp_min(0).sqrt())
 
     def damped(self, like: Tensor) -> Tensor:
         """H + damping · mean(diag H) · I in the dtype and on the device of `like`."""
