@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,9 +23,6 @@ from slr.provenance import provenance
 from slr.prune import METHODS
 from slr.recipe import REPAIRS, Recipe, parse_override
 from slr.refine import SCHEDULES
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["app", "main"]
 
@@ -359,13 +356,7 @@ def reproduce_(
     if json_output:
         print(json.dumps({"table": spec.name, "measured": measured, "published": known}))
         return
-    shown = list(columns.split(",")) if columns else list(spec.columns)
-    print(f"{'perplexity measured here':<32}" + "".join(f"{c:>10}" for c in ["dense", *shown]))
-    for row, cells in measured.items():
-        for label, values in ((row, cells), ("  published", known.get(row, {}))):
-            line = [f"{values[c]:>10.2f}" if c in values else " " * 10 for c in ["dense", *shown]]
-            if values:
-                print(f"{label:<32}" + "".join(line))
+    print(reproduce.as_text(measured, known, columns.split(",") if columns else spec.columns))
 
 
 def main() -> None:
