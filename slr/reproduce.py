@@ -33,9 +33,10 @@ from slr.layers import LayerReport, compress_block
 from slr.provenance import provenance
 from slr.recipe import Recipe
 from slr.stream import Stream
-from slr.tables import Cell, Spec, as_text, published, specs
+from slr.tables import REPAIRS, Cell, Spec, as_text, published, specs
 
 __all__ = [
+    "REPAIRS",
     "Cell",
     "Spec",
     "as_text",
