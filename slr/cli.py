@@ -81,6 +81,17 @@ def _root() -> None:
 def compress(
     model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option(help="folder to make")],
+    context: typer.Context,
+    method: Annotated[
+        str | None,
+        typer.Option(help="instead of pruning and repairing: cap | losparse; or induction+PRUNE"),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="with cap and losparse: share of the parameters to keep")
+    ] = 0.5,
+    steps: Annotated[
+        int, typer.Option(help="with cap and losparse: masks to try, or steps of training")
+    ] = 200,
     prune: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "wanda",
     pattern: Annotated[str, typer.Option(help="2:4, or a fraction to prune such as 0.5")] = "2:4",
     group: Annotated[str, typer.Option(help="for a fraction: row | matrix")] = "row",
@@ -114,8 +125,9 @@ def compress(
     json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
 ) -> None:
     """Compress a model into a new folder; a stopped run goes on when called again."""
+    whole, prepare, prune = _method(context, method, prune)
     recipe = Recipe(
-        prune=prune, pattern=pattern, group=group, refine=refine, rank=rank,
+        prune=prune, prepare=prepare, pattern=pattern, group=group, refine=refine, rank=rank,
         rank_ratio=rank_ratio, iterations=iterations, schedule=schedule, samples=samples,
         seqlen=seqlen, seed=seed, update_mask=update_mask, skip=skip or [],
         overrides=dict(map(parse_override, override or [])),
@@ -127,13 +139,23 @@ def compress(
     repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}.get(
         refine, f"refined by {refine}"
     )
-    _say(f"{model} -> {out}: {prune} {recipe.pattern}, {repair}, on {device}")
     started = time.perf_counter()
     stages: dict[str, float] = {}
-    layers = slr.compress(
-        model, out, recipe, calibration=calibration, device=device, progress=True,
-        resume=not fresh, stages=stages,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "calibration": calibration, "device": device, "progress": True, "resume": not fresh
+    }  # fmt: skip
+    if whole is not None:
+        from slr.methods.whole import compress_whole
+
+        _say(f"{model} -> {out}: {whole}, {budget:g} of the parameters, on {device}")
+        layers = compress_whole(
+            model, out, whole, budget=budget, steps=steps, samples=samples, seqlen=seqlen,
+            seed=seed, **options,
+        )  # fmt: skip
+    else:
+        before = "" if prepare == "none" else f"{prepare}, "
+        _say(f"{model} -> {out}: {before}{prune} {recipe.pattern}, {repair}, on {device}")
+        layers = slr.compress(model, out, recipe, stages=stages, **options)
     if ranks.rank():
         return
     seconds = time.perf_counter() - started
@@ -158,6 +180,33 @@ def compress(
             ]
         )
     )
+
+
+WHOLE = ("cap", "losparse")
+EITHER = {"model", "out", "method", "calibration", "samples", "seqlen", "device", "seed", "fresh",
+          "json_output"}  # fmt: skip
+
+
+def _method(context: typer.Context, method: str | None, prune: str) -> tuple[str | None, str, str]:
+    """The method for a whole model, if it is one; else how to prepare blocks, and how to prune."""
+    sources = {k: context.get_parameter_source(k) for k in context.params}
+    given = {k for k, source in sources.items() if source and source.name != "DEFAULT"}
+    whole = method if method in WHOLE else None
+    mine = {"budget", "steps"}
+    wrong = given - EITHER - mine if whole else given & mine
+    if wrong:
+        name = sorted(wrong)[0].replace("_", "-")
+        raise ValueError(f"option --{name} has no meaning with --method {method or 'left out'}")
+    if whole or method is None:
+        return whole, "none", prune
+    prepare, _, pruner = method.partition("+")
+    if prepare != "induction":
+        raise ValueError(
+            f"method {method!r} is unknown; it must be {', '.join(WHOLE)} or induction+PRUNE"
+        )
+    if pruner and "prune" in given:
+        raise ValueError(f"--prune {prune} and --method {method} both name a pruner; give one")
+    return None, prepare, pruner or prune
 
 
 def _output_error(layers: list[slr.LayerReport]) -> list[tuple[str, str]]:

@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
     from slr.journal import Journal
 
-__all__ = ["about", "compress", "compress_model", "plan_layers", "shard_name"]
+__all__ = [
+    "about",
+    "compress",
+    "compress_model",
+    "plan_layers",
+    "prepare_block",
+    "shard_name",
+]
 
 
 def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict[str, Recipe]]:
@@ -77,6 +84,21 @@ def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict
     return plan
 
 
+def prepare_block(block: nn.Module, index: int, recipe: Recipe, inputs: BlockInputs | None) -> None:
+    """What a recipe does to a dense block, in place, before it is pruned.
+
+    Args:
+        block: filled.
+        index: its number.
+        recipe: of the model.
+        inputs: of this block, for a recipe that needs data.
+    """
+    if recipe.prepare == "induction" and inputs is not None:
+        from slr.methods.induction import Induction, induce_block
+
+        induce_block(block, index, inputs, Induction(recipe.pattern, recipe.group))
+
+
 @torch.no_grad()
 def compress_model(
     model: PreTrainedModel,
@@ -103,24 +125,26 @@ def compress_model(
     hidden_size = model.config.get_text_config().hidden_size
     recipe = recipe.resolved(hidden_size)
     plan = plan_layers(model, recipe, hidden_size)
-    if recipe.statistic is not None and windows is None:
+    if recipe.needs_data and windows is None:
         raise ValueError(
-            f"prune={recipe.prune!r} with refine={recipe.refine!r} needs calibration windows"
+            f"prune={recipe.prune!r} with refine={recipe.refine!r} and prepare={recipe.prepare!r} "
+            "needs calibration windows"
         )
     inputs = None
-    if recipe.statistic is not None and windows is not None:
+    if recipe.needs_data and windows is not None:
         inputs = first_inputs(model, ranks.mine(windows))
     prefix = blocks_name(model)
     reports: list[LayerReport] = []
     with _bar(plan, progress) as bar:
         for index, block in enumerate(decoder_blocks(model)):
             seed = recipe.seed + len(reports)
+            prepare_block(block, index, recipe, inputs)
             reports += compress_block(
                 f"{prefix}.{index}", block, index, plan[index], inputs, seed=seed, bar=bar
             )
             if inputs is not None and index + 1 < len(plan):
                 inputs.run(index, block, keep=True)
-    plugin.adopt(model, about(None, recipe, None, reports))
+    plugin.adopt(model, about(None, recipe.as_dict(), None, reports))
     return reports
 
 
@@ -133,12 +157,12 @@ def _bar(plan: list[dict[str, Recipe]], progress: bool) -> Iterator[tqdm]:
 
 
 def about(
-    source: str | None, recipe: Recipe, calibration: dict | None, reports: list[LayerReport]
+    source: str | None, recipe: dict, calibration: dict | None, reports: list[LayerReport]
 ) -> dict:
     """What a compressed folder says of itself."""
     return {
         "source": source,
-        "recipe": recipe.as_dict(),
+        "recipe": recipe,
         "calibration": calibration,
         "layers": {report.name: report.stored() for report in reports},
     }
@@ -186,7 +210,7 @@ def compress(
     recipe = (recipe or Recipe()).resolved(hidden_size)
     plan = plan_layers(stream.model, recipe, hidden_size)
     windows, text = None, None
-    if recipe.statistic is not None:
+    if recipe.needs_data:
         windows, text = checkpoint.calibration_windows(source, recipe, calibration)
     key = {
         "source": {"name": str(model), **checkpoint.fingerprint(source)},
@@ -203,7 +227,7 @@ def compress(
                 stream.empty(module)
         reports = _blocks(stream, plan, recipe, inputs, journal, progress)
         if ranks.rank() == 0:
-            notes = about(str(model), recipe, text, reports)
+            notes = about(str(model), recipe.as_dict(), text, reports)
             checkpoint.complete(stream, journal, notes)
     ranks.barrier()
     if stages is not None:
@@ -243,6 +267,7 @@ def _blocks(
             else:
                 stream.fill(name, block)
                 seed = recipe.seed + len(reports)
+                prepare_block(block, index, recipe, inputs)
                 made = compress_block(name, block, index, plan[index], inputs, seed=seed, bar=bar)
                 reports += made
                 if ranks.rank() == 0:

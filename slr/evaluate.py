@@ -38,7 +38,10 @@ __all__ = [
 ]
 
 # What a result is called; else refined.
-REPAIRED = {"none": "pruned", "svd": "SVD repair", "eora": "EoRA repair"}
+REPAIRED = {
+    "none": "pruned", "svd": "SVD repair", "eora": "EoRA repair", "cap": "CAP",
+    "losparse": "LoSparse",
+}  # fmt: skip
 TOKENS_AT_ONCE = 2048  # bounds the logits, tokens × vocabulary in float32
 
 
@@ -239,7 +242,7 @@ def compare(
         dense: nn.Module = checkpoint.load(origin, dtype=dtype)
         nn.Module.to(dense, device)
         values["dense"] = measured(dense, "dense")
-        if notes["recipe"]["refine"] != "none":
+        if notes["recipe"]["refine"] != "none" and "prune" in notes["recipe"]:
             pruned_source(dense, loaded)
             values["pruned"] = measured(dense, "pruned")
         del dense

@@ -163,6 +163,9 @@ class Journal:
             name: entry for name, entry in found["entries"].items()
             if (self.folder / name).is_file() and sha256(self.folder / name) == entry["sha256"]
         }  # fmt: skip
+        for file in self.folder.glob("*.safetensors"):
+            if file.name not in self.entries:
+                file.unlink()
 
     def _clear(self) -> None:
         for file in self.folder.iterdir():
@@ -191,6 +194,12 @@ class Journal:
         self._write()
         self.bytes_written += (self.folder / name).stat().st_size
         self.seconds += time.perf_counter() - started
+
+    def remove(self, name: str) -> None:
+        """Take a file out again: one that only the work needed."""
+        del self.entries[name]
+        self._write()
+        (self.folder / name).unlink()
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small text file; it is not entered, and written again on resuming."""

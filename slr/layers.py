@@ -26,8 +26,6 @@ from slr.statistics import GramStatistic, NormStatistic
 
 __all__ = ["LayerReport", "compress_block", "compress_layer"]
 
-Statistic = NormStatistic | GramStatistic
-
 
 class LayerReport(NamedTuple):
     """What was done to one layer.
@@ -55,14 +53,20 @@ class LayerReport(NamedTuple):
 
 
 def compress_layer(
-    weight: Tensor, recipe: Recipe, statistic: Statistic | None = None, seed: int = 0
+    weight: Tensor,
+    recipe: Recipe,
+    *,
+    norm: Tensor | None = None,
+    gram: Tensor | None = None,
+    seed: int = 0,
 ) -> Refined:
     """Prune and repair one matrix by a recipe (whose `rank` is definite).
 
     Args:
         weight: (m, n).
         recipe: what to do.
-        statistic: of the layer's inputs, of the kind that ``recipe.statistic`` names.
+        norm: ‖X[j]‖₂ of each input (n,), for a recipe whose ``statistic`` is not ``None``.
+        gram: second moments of the inputs (n, n), if it is ``GramStatistic``.
         seed: for a random mask and the solver's start.
 
     Returns:
@@ -70,8 +74,6 @@ def compress_layer(
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
     pattern = parse(recipe.pattern, recipe.group)
-    gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
-    norm = None if statistic is None else statistic.norm()
     mask, kept = prune(
         weight, recipe.prune, pattern, activation_norm=norm, gram=gram, generator=generator
     )
@@ -123,14 +125,13 @@ def compress_block(
         One :class:`LayerReport` for each layer.
     """
     linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear) and k in plan}
-    statistics: dict[str, Statistic] = {}
+    known: dict[str, _Known] = {}
     needs = [recipe.statistic for recipe in plan.values()]
     kind = GramStatistic if GramStatistic in needs else NormStatistic
     if inputs is not None and any(needs):
         with observe(linears, kind) as statistics:
             inputs.run(index, block, keep=False)
-        for statistic in {id(s): s for s in statistics.values()}.values():
-            ranks.all_reduce(statistic)
+        known = _known(statistics)
     reports = []
     for number, (inner, linear) in enumerate(linears.items()):
         started, recipe = time.perf_counter(), plan[inner]
@@ -138,12 +139,14 @@ def compress_block(
         refined: Refined | None = None
         errors: tuple[float, float, float | None] = (0.0, 0.0, None)
         if ranks.rank() == owner:
-            found = statistics.get(inner)
+            norm, gram = known.pop(inner, _Known(None, None))
             try:
-                refined = compress_layer(linear.weight.data, recipe, found, seed + number)
+                refined = compress_layer(
+                    linear.weight.data, recipe, norm=norm, gram=gram, seed=seed + number
+                )
             except ValueError as error:
                 raise ValueError(f"{name}.{inner}: {error}") from None
-            errors = _errors(linear.weight.data, refined, found)
+            errors = _errors(linear.weight.data, refined, gram)
         if ranks.world() > 1:
             refined, errors = ranks.share(linear.weight, recipe.rank or 0, refined, errors, owner)
         assert refined is not None
@@ -169,12 +172,35 @@ def compress_block(
     return reports
 
 
+class _Known(NamedTuple):
+    """Of a layer's inputs: ‖X[j]‖₂ and the second moments, in float32."""
+
+    norm: Tensor | None
+    gram: Tensor | None
+
+
+def _known(statistics: dict[str, NormStatistic | GramStatistic]) -> dict[str, _Known]:
+    """What is known of each layer's inputs, over all ranks; empties `statistics`.
+
+    The sums, in float64 and as large as a layer's weight or larger, are let go one by one.
+    """
+    found: dict[str, _Known] = {}
+    sharing = {id(s): s for s in statistics.values()}
+    names = {key: [n for n, s in statistics.items() if id(s) == key] for key in sharing}
+    statistics.clear()
+    for key in list(sharing):
+        statistic = sharing.pop(key)
+        ranks.all_reduce(statistic)
+        gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
+        found |= dict.fromkeys(names[key], _Known(statistic.norm(), gram))
+    return found
+
+
 def _errors(
-    weight: Tensor, refined: Refined, statistic: Statistic | None
+    weight: Tensor, refined: Refined, gram: Tensor | None
 ) -> tuple[float, float, float | None]:
     """Relative error pruned and repaired, and of the outputs, of what is stored."""
     whole = pruned = rest = signal = noise = 0.0
-    gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
     for rows in row_blocks(weight):
         W = weight[rows].float()
         E = W - refined.sparse[rows].float()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slr.checks import check_matrix, check_rank
 
-__all__ = ["LowRank", "ritz", "truncated_svd"]
+__all__ = ["LowRank", "ritz", "shrink", "truncated_svd"]
 
 
 class LowRank(NamedTuple):
@@ -60,6 +60,33 @@ def truncated_svd(matrix: Tensor, rank: int) -> LowRank:
     work = matrix if matrix.dtype == torch.float64 else matrix.float()
     U, s, Vh = torch.linalg.svd(work, full_matrices=False)
     return LowRank(U, s, Vh.mT).truncate(rank)
+
+
+def shrink(matrix: Tensor, threshold: float) -> Tensor:
+    """U max(Σ - threshold, 0) Vᵀ: the proximal step of `threshold` times the nuclear norm.
+
+    Only the eigenvectors of the smaller of M Mᵀ and Mᵀ M are needed, for
+    U max(1 - threshold / Σ, 0) Uᵀ M is the same; in float64, where squaring does no harm.
+
+    Args:
+        matrix: M, (m, n).
+        threshold: positive.
+
+    Cost: 2 m n q + O(q³) FLOPs in float64, q = min(m, n), a third or less of an SVD's time.
+    Source: Cai, Candès and Shen 2010 (singular value thresholding).
+
+    >>> print(shrink(torch.diag(torch.tensor([3.0, 0.5])), 1.0))
+    tensor([[2., 0.],
+            [0., 0.]])
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    double = wide.double()
+    squares, U = torch.linalg.eigh(double @ double.T)
+    sigma = squares.clamp_min(0).sqrt()
+    kept = sigma > threshold
+    U = U[:, kept]
+    low = (U * (1 - threshold / sigma[kept])).to(wide.dtype) @ (U.T.to(wide.dtype) @ wide)
+    return low if wide is matrix else low.T
 
 
 def ritz(Y: Tensor, Z: Tensor) -> LowRank:

@@ -4,8 +4,8 @@
 
 Without a mask this is robust PCA, which CAP starts from.  With one it is the paper's baseline
 "PCP with mask": the pruned entries of W must be matched by L alone, the kept ones may differ by a
-sparse S.  Solved by the inexact augmented Lagrange multiplier method; each iteration is one SVD.
-Book: chapter 6.
+sparse S.  Solved by the inexact augmented Lagrange multiplier method, one shrinkage of singular
+values an iteration.  Book: chapter 6.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slr.checks import check_mask, check_matrix
+from slr.lowrank import shrink
 from slr.refine import Refined, svd_repair
 
 __all__ = ["Pursuit", "pcp_repair", "pursue"]
@@ -56,7 +57,7 @@ def pursue(
     Raises:
         ValueError: bad shapes, non-finite weights, a non-positive option.
 
-    Cost: a full SVD an iteration, about 30 of them.
+    Cost: :func:`slr.lowrank.shrink` an iteration, about 30 of them.
     Source: Candès et al. 2011; inexact ALM of Lin, Chen and Ma 2010.
 
     >>> W = torch.ones(8, 8)
@@ -84,8 +85,7 @@ def pursue(
     S = torch.zeros_like(W)
     gap = 1.0
     for count in range(1, iterations + 1):
-        U, s, Vh = torch.linalg.svd(W - S + dual / penalty, full_matrices=False)
-        L = (U * (s - 1 / penalty).clamp_min(0)) @ Vh
+        L = shrink(W - S + dual / penalty, 1 / penalty)
         S = torch.nn.functional.softshrink(W - L + dual / penalty, lam / penalty)
         if mask is not None:
             S.masked_fill_(~mask, 0)

@@ -17,7 +17,12 @@ from slr.statistics import GramStatistic, NormStatistic
 __all__ = ["REPAIRS", "Recipe", "parse_override"]
 
 REPAIRS = ("weights", "diagonal", "activations", "svd", "eora", "pcp", "none")
-WHOLE = ("samples", "seqlen", "seed", "skip", "overrides")  # not to be overridden for a layer
+PREPARATIONS = ("none", "induction")
+# Not to be overridden for a layer.
+WHOLE = ("prepare", "samples", "seqlen", "seed", "skip", "overrides")
+CHOICES = {
+    "prune": METHODS, "prepare": PREPARATIONS, "refine": REPAIRS, "schedule": SCHEDULES,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Recipe:
 
     Args:
         prune: pruning method, see :data:`slr.prune.METHODS`.
+        prepare: ``"induction"`` first rescales each block so that it prunes better
+            (:mod:`slr.methods.induction`), or ``"none"``.
         pattern: ``"2:4"``, or a fraction to prune such as ``"0.5"``.
         group: ``"row"`` or ``"matrix"``, for a fraction.
         refine: repair: Algorithm 1 on the ``"weights"`` (the paper, data-free), on weights
@@ -58,6 +65,7 @@ class Recipe:
     """
 
     prune: str = "wanda"
+    prepare: str = "none"
     pattern: str = "2:4"
     group: str = "row"
     refine: str = "weights"
@@ -75,7 +83,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", str(self.pattern))
         parse(self.pattern, self.group)
-        for name, known in (("prune", METHODS), ("refine", REPAIRS), ("schedule", SCHEDULES)):
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(
@@ -137,6 +145,11 @@ class Recipe:
         if any(r.prune == "wanda" or r.refine == "diagonal" for r in each):
             return NormStatistic
         return None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the model has to be run on calibration windows."""
+        return self.statistic is not None or self.prepare != "none"
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from slr import checkpoint, data
 from slr.calibrate import first_inputs
-from slr.compress import plan_layers
+from slr.compress import plan_layers, prepare_block
 from slr.evaluate import streamed_perplexity
 from slr.journal import write_atomically
 from slr.layers import LayerReport, compress_block
@@ -111,13 +111,14 @@ def measure(
     reports: list[LayerReport] = []
     with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
         observed = None
-        if recipe.statistic is not None:
+        if recipe.needs_data:
             if calibration is None:
                 raise ValueError(f"prune={recipe.prune!r} needs calibration windows")
             observed = first_inputs(stream.model, calibration, folder=Path(scratch))
 
         def change(index: int, name: str, block: nn.Module) -> None:
             seed = recipe.seed + len(reports)
+            prepare_block(block, index, recipe, observed)
             reports.extend(compress_block(name, block, index, plan[index], observed, seed=seed))
             if observed is not None and index + 1 < len(plan):
                 observed.run(index, block, keep=True)
@@ -176,7 +177,7 @@ def reproduce(
             calibration = None
             if cell.recipe is not None:
                 what["recipe"] = cell.recipe.as_dict()
-                if cell.recipe.statistic is not None:
+                if cell.recipe.needs_data:
                     drawn = drawn or checkpoint.calibration_windows(
                         folder, cell.recipe, spec.calibration
                     )

@@ -212,7 +212,7 @@ def test_eora_is_the_one_shot_repair_of_the_outputs():
     weight = torch.randn(12, 16)
     recipe = slr.Recipe(prune="magnitude", refine="eora", rank=3)
     assert recipe.statistic is GramStatistic
-    found = compress_layer(weight, recipe, statistic)
+    found = compress_layer(weight, recipe, gram=statistic.gram())
     gram = slr.Gram(statistic.gram())
     assert torch.equal(found.sparse, slr.prune(weight, "magnitude", "2:4").weight)
     expected = slr.svd_repair(weight, found.mask, 3, gram)

@@ -30,7 +30,8 @@ def test_merging_is_as_if_one_had_seen_all():
         one.update(X[:100])
         two.update(X[100:])
         one.merge(two)
-        assert torch.allclose(one.total, whole.total, rtol=1e-6)
+        loudest = float(whole.total.abs().max())  # float32 within a batch: errors of its size
+        assert torch.allclose(one.total, whole.total, rtol=0, atol=1e-6 * loudest)
         assert one.tokens == 300
 
 

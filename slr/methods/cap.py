@@ -1,0 +1,327 @@
+"""CAP: compression with global rank and sparsity optimisation (ICLR 2026).
+
+Stage 1 (:mod:`slr.methods.cap_candidates`): robust PCA of every matrix gives singular triplets
+and sparse entries as candidates.  Stage 2 (:mod:`slr.methods.cap_policy`): one Bernoulli policy
+over the candidates of all matrices is learned under a budget of parameters for the whole model,
+from forward passes alone; the most probable are kept, as S and B = U√Σ, A = √ΣVᵀ.  Two choices
+from the same candidates that look at no data are there to compare with.
+
+What the public text leaves open, and what is chosen here:
+
+- the relative scaling of triplets and entries: groups of equal cost, see ``cap_candidates``;
+- the metric of the projection and ε: see ``cap_policy``;
+- where to start: at the uniform allocation, softened, so that what is gained was learned;
+- the loss: of a batch less the dense model's on that batch, which takes away most of how batches
+  differ, and which no choice can change;
+- the entries' values: those of robust PCA.  ``refit=True`` goes beyond the paper: kept entries
+  are W - B A, which costs no parameter and is exact there.
+
+On trained matrices the candidates of the paper's λ are poor, see ``cap_candidates``: a magnitude
+mask of the same size does better than any choice among them.  ``refit=True`` and a smaller
+``balance_ratio`` mend that.
+
+Book: part IV.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slr import plugin
+from slr.evaluate import check_vocabulary
+from slr.layers import LayerReport
+from slr.linear import SLRLinear
+from slr.methods.cap_candidates import Candidates, block_candidates, candidates, propose
+from slr.methods.cap_policy import Policy, choose, learn, project, soften
+from slr.refine import Refined
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "METHODS", "Candidates", "Policy", "Pool", "allocate", "block_candidates", "candidates",
+    "choose", "excess_loss", "place", "project", "propose",
+]  # fmt: skip
+
+METHODS = ("learned", "uniform", "greedy")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The candidates of all matrices of a model as one list.
+
+    Args:
+        found: candidates by the name of their layer.
+
+    Raises:
+        ValueError: no candidates.
+
+    >>> pool = Pool({"a": candidates(torch.eye(4), share=1), "b": candidates(torch.ones(4, 4))})
+    >>> pool.parameters
+    32
+    """
+
+    found: Mapping[str, Candidates]
+
+    def __post_init__(self) -> None:
+        if not self.found:
+            raise ValueError("found holds no candidates; give those of one layer at least")
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense matrices."""
+        return sum(c.shape[0] * c.shape[1] for c in self.found.values())
+
+    @property
+    def fixed(self) -> int:
+        """Parameters kept in any case: those of n:m parts."""
+        return sum(c.fixed for c in self.found.values())
+
+    @property
+    def costs(self) -> Tensor:
+        """int64 (p,)."""
+        return torch.cat([c.costs for c in self.found.values()])
+
+    @property
+    def units(self) -> Tensor:
+        """int64 (p,)."""
+        return torch.cat([c.units for c in self.found.values()])
+
+    def budget(self, fraction: float) -> int:
+        """Parameters to spend on candidates for `fraction` of the dense parameters in all.
+
+        Raises:
+            ValueError: a fraction out of range, or one that the fixed parts exceed.
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"budget is {fraction}; it must be above 0 and at most 1")
+        rest = int(fraction * self.parameters) - self.fixed
+        if rest < 0:
+            least = self.fixed / self.parameters
+            raise ValueError(f"budget is {fraction}; the n:m parts alone take {least:.4g}")
+        return min(rest, int(self.costs.sum()))
+
+    def uniform(self) -> Tensor:
+        """Priority (p,) that keeps the same leading share of triplets and of entries everywhere."""
+        parts = []
+        for c in self.found.values():
+            for costs in (c.costs[: c.ranks].double(), c.costs[c.ranks :].double()):
+                parts.append(-(costs.cumsum(0) - costs / 2) / costs.sum())
+        return torch.cat(parts)
+
+    def greedy(self) -> Tensor:
+        """Priority (p,): squares of singular values, or of entries, for a parameter."""
+        return torch.cat([c.energy for c in self.found.values()]) / self.costs
+
+    def split(self, amounts: Tensor) -> dict[str, Tensor]:
+        """Amounts (p,) by layer."""
+        parts = amounts.split([len(c.units) for c in self.found.values()])
+        return dict(zip(self.found, parts, strict=True))
+
+    def finest(self) -> Pool:
+        """The same with a group for every triplet."""
+        return Pool({name: c._replace(share=1) for name, c in self.found.items()})
+
+
+@torch.no_grad()
+def allocate(
+    model: PreTrainedModel,
+    windows: Tensor | None = None,
+    budget: float = 0.5,
+    *,
+    method: str = "learned",
+    found: Mapping[str, Candidates] | None = None,
+    steps: int = 200,
+    batch: int = 4,
+    prior: str = "uniform",
+    width: float = 0.4,
+    rate: float = 0.05,
+    window: int = 5,
+    epsilon: float = 0.05,
+    refit: bool = False,
+    generator: torch.Generator | None = None,
+    losses: list[float] | None = None,
+    **options,
+) -> list[LayerReport]:
+    """Compress a loaded model in place by CAP.
+
+    Args:
+        model: a dense decoder, in any float dtype, on any one device.
+        windows: calibration token windows (count, seqlen), for ``"learned"``.
+        budget: fraction of the parameters of all linear layers in decoder blocks to keep.
+        method: ``"learned"``; or of the same candidates, one triplet at a time, ``"uniform"``
+            (the same leading share of triplets and entries everywhere) or ``"greedy"`` (the
+            largest squares for a parameter, over all matrices).
+        found: candidates from :func:`propose`, by name; made now when ``None``.  If they are of
+            some layers only, the others stay dense, and the budget is of these.
+        steps: masks to try; 0 keeps the most probable of the start.
+        batch: windows that each is tried on, in turn.
+        prior: ``"uniform"`` or ``"greedy"``: what to start from.
+        width: how soft the start is, see :func:`~slr.methods.cap_policy.soften`.
+        rate, window, epsilon: of the :class:`Policy`.
+        refit: set kept entries to W - B A (beyond the paper).
+        generator: of the masks; seeded with 0 when ``None``.
+        losses: if given, filled with the loss of each mask, see :func:`excess_loss`.
+        options: of :func:`candidates`, to make them with: ``share``, ``balance_ratio``, ….
+
+    Returns:
+        One :class:`~slr.layers.LayerReport` for each layer.  Without a pattern the kept
+        parameters are exactly ``int(budget · parameters)``; with n:m at most that many.
+
+    Raises:
+        ValueError: an unknown method or prior, missing windows, a budget that cannot be met, a
+            loss that diverges or is not finite, candidates of other layers, or a model without
+            linear layers in decoder blocks.  The model is left as it was.
+
+    Cost: stage 1, robust PCA of every matrix; then `steps` forward passes of a batch, each with
+        the matrices built anew, 2 m n (rank) FLOPs; nothing is differentiated.  Memory: the model
+        twice, and the candidates.
+    Source: CAP, Zhou et al., ICLR 2026.
+    """
+    for name, value, known in (("method", method, METHODS), ("prior", prior, METHODS[1:])):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown; it must be one of {', '.join(known)}")
+    if method == "learned" and windows is None:
+        raise ValueError("method 'learned' needs calibration windows")
+    if found is not None and options:
+        raise ValueError(f"{', '.join(options)} is for candidates, but found has them made already")
+    started = time.perf_counter()
+    pool = Pool(dict(propose(model, **options)) if found is None else found)
+    _check_layers(model, pool)
+    spend = pool.budget(budget)
+    if method == "learned" and windows is not None:
+        check_vocabulary(windows, model.config)
+        start = soften(getattr(pool, prior)(), pool.costs, spend, width)
+        policy = Policy(pool.costs, spend, start, rate=rate, window=window, epsilon=epsilon)
+        loss = excess_loss(model, pool, windows, batch, refit)
+        learn(policy, loss, steps, generator or torch.Generator().manual_seed(0))
+        priority = policy.probabilities
+        if losses is not None:
+            losses += policy.losses
+    else:
+        pool = pool.finest()
+        priority = getattr(pool, method)()
+    amounts = choose(priority, pool.costs, pool.units, spend)
+    recipe = {"method": f"CAP, {method}", "refine": "cap", "budget": budget, "refit": refit}
+    recipe |= options
+    if method == "learned":
+        recipe |= {"steps": steps, "batch": batch, "prior": prior, "width": width, "rate": rate,
+                   "window": window, "epsilon": epsilon}  # fmt: skip
+    return place(model, pool, amounts, recipe, refit, started)
+
+
+def _check_layers(model: nn.Module, pool: Pool) -> None:
+    """Raise unless every candidate belongs to a dense layer of its shape."""
+    modules = dict(model.named_modules())
+    for name, c in pool.found.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != c.shape:
+            raise ValueError(f"found has {name!r}, no dense layer of shape {c.shape} of the model")
+
+
+def excess_loss(
+    model: PreTrainedModel, pool: Pool, windows: Tensor, batch: int, refit: bool = False
+) -> Callable[[Tensor, int], float]:
+    """Loss of a mask over the groups of `pool`, above the dense model's, at a step.
+
+    Args:
+        model: dense; never modified.
+        pool: its candidates.
+        windows: (count, seqlen), of which step k takes the k-th `batch`, round and round.
+        batch: windows at once.
+        refit: as for :func:`allocate`.
+
+    Returns:
+        A function of mask (bool (p,)) and step: mean negative log-likelihood a token, in nats.
+
+    Raises:
+        ValueError: windows of a wrong shape, or a batch below 1.
+    """
+    if windows.ndim != 2 or windows.shape[1] < 2 or len(windows) == 0 or batch < 1:
+        raise ValueError(
+            f"windows have shape {tuple(windows.shape)} and batch is {batch}; they must be "
+            "(count, seqlen) and at least 1"
+        )
+    batches, dense, costs = windows.split(batch), dict[int, float](), pool.costs
+    weights = {name: _linear(model, name).weight.data for name in pool.found}
+
+    def loss(mask: Tensor, step: int) -> float:
+        number = step % len(batches)
+        ids = batches[number].to(model.device)
+        if number not in dense:
+            dense[number] = _likelihood(model, ids, {})
+        built = {}
+        for name, amounts in pool.split(mask * costs).items():
+            W = weights[name]
+            made = pool.found[name].dense(amounts, W if refit else None)
+            built[f"{name}.weight"] = made.to(W.dtype)
+        return _likelihood(model, ids, built) - dense[number]
+
+    return loss
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+@torch.no_grad()
+def _likelihood(model: nn.Module, ids: Tensor, weights: dict[str, Tensor]) -> float:
+    """Mean negative log-likelihood of all tokens but the first, with other weights."""
+    options = {"input_ids": ids, "use_cache": False}
+    logits = torch.func.functional_call(model, weights, kwargs=options).logits
+    return float(nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1),
+                                             ids[:, 1:].flatten()))  # fmt: skip
+
+
+def place(
+    model: PreTrainedModel,
+    pool: Pool,
+    amounts: Tensor,
+    recipe: dict,
+    refit: bool = False,
+    started: float | None = None,
+) -> list[LayerReport]:
+    """Put the chosen parameters in place of the dense layers.
+
+    Args:
+        model: changed in place; it can be saved afterwards.
+        pool: candidates of its layers.
+        amounts: int64 (p,), from :func:`choose`.
+        recipe: what to record of how they were chosen.
+        refit: as for :func:`allocate`.
+        started: when the work on the model began; seconds are shared among the layers.
+    """
+    made, reports = {}, []
+    for name, part in pool.split(amounts).items():
+        linear, c = _linear(model, name), pool.found[name]
+        W, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+        refined = c.refined(part, W, refit)
+        made[name] = SLRLinear.from_refined(refined, bias, pattern=c.pattern)
+        reports.append(_report(name, W, refined, c, bias is not None))
+    for name, layer in made.items():  # only now that nothing can fail
+        model.set_submodule(name, layer)
+    if started is not None:
+        each = (time.perf_counter() - started) / len(reports)
+        reports = [report._replace(seconds=each) for report in reports]
+    layers = {report.name: report.stored() for report in reports}
+    about = {"source": None, "recipe": recipe, "calibration": None, "layers": layers}
+    plugin.adopt(model, about)
+    return reports
+
+
+def _report(name: str, W: Tensor, refined: Refined, c: Candidates, bias: bool) -> LayerReport:
+    """Of one layer; without a pattern, its count of entries is all there is to say of S."""
+    size = max(float(W.float().norm()), 1e-300)
+    pruned = float((W * ~refined.mask).float().norm()) / size
+    pattern: str = None if c.pattern is None else str(c.pattern)  # type: ignore[assignment]
+    kept, rank = int(refined.mask.sum()), refined.A.shape[0]
+    error = refined.error / size
+    return LayerReport(name, c.shape, pattern, rank, kept, bias, pruned, error, None, 0.0)

@@ -1,0 +1,291 @@
+"""Sparsity induction: rescale a decoder block so that it prunes better, and change no output.
+
+The scales, where they are absorbed and what they share: :mod:`slr.methods.scales`.
+
+**What a scale can change.**  Inside a pruned block scales cancel as they do in the dense one: all
+they can change is the mask (and a repair).  Wanda's mask they cannot: column j has the score
+\\|W_ij s_j\\| ‖X_j / s_j‖, the unscaled one, if norms are taken after scaling, and a row's scale is
+common to all that it compares.  SparseGPT's score is invariant to columns but for its damping; for
+a fraction, not for n:m, it compares across rows, so to rows it is not.  Magnitude masks change, and
+so does every repair that weighs the entries of W alike.  With s_j = ‖X_j‖ magnitude *is* Wanda; to
+train s from there is to train a Wanda whose norms were taken before the scaling.
+
+**What public text leaves open, and our choice.**  *Start*: s_j = ‖X_j‖^α.  *Gradient*: of magnitude
+masks; hard going forward, a sigmoid of log₂(score / threshold) going back, the threshold
+differentiable too.  *Output loss*: squared error of the pruned block's output over that of
+leaving the block out.  *Spectral loss*, times λ: log of the stable rank ‖Z‖_F²/‖Z‖₂², the mean over
+the four scaled inputs Z = X/s, ‖·‖₂ by power iteration on ZᵀZ (a norm alone would only shrink with
+s); so the p of a Schatten norm does not occur.  *Inputs*: any; :func:`induce` gives a block those
+of the dense model, a pipeline that prunes block by block those that the pruned blocks before it
+make.  *Which epoch*: the best, the start included.
+
+Source: *Sparsity Induction for Accurate Post-Training Pruning of Large Language Models*, 2026
+(arXiv 2602.21652).  Book: part IV.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slr import ranks
+from slr.calibrate import BlockInputs, decoder_blocks, first_inputs
+from slr.methods.induction_loss import BlockLoss, starting_scales
+from slr.methods.scales import Scales, absorb, dense_linears
+from slr.patterns import parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Induction", "Scales", "Trained", "absorb", "induce", "induce_block", "train_scales"]
+
+
+@dataclass(frozen=True)
+class Induction:
+    """How to train scales.
+
+    Args:
+        pattern: that the block is to be pruned to, ``"2:4"`` or ``"0.5"``.
+        group: ``"row"`` or ``"matrix"``, for a fraction.
+        start: α of the start s_j = ‖X_j‖^α, 0 ≤ α ≤ 1: 0 scales nothing, 1 makes magnitude Wanda.
+        output: weight of the output loss; 0 trains on the spectral loss alone.
+        spectral: λ, weight of the spectral loss.
+        epochs: passes over the calibration windows; 0 keeps the start.
+        rate: of Adam, falling linearly to 0; about the change of log₂ s in a step.
+        temperature: of the sigmoid, in powers of 2 of score over threshold.
+        powers_of_two: round the scales found, so that they are absorbed without rounding.
+
+    Raises:
+        ValueError: an option out of range.
+
+    >>> Induction(start=2)
+    Traceback (most recent call last):
+    ValueError: start is 2; it must be from 0 to 1
+    """
+
+    pattern: str = "2:4"
+    group: str = "row"
+    start: float = 1.0
+    output: float = 1.0
+    spectral: float = 0.1
+    epochs: int = 3
+    rate: float = 0.01
+    temperature: float = 0.3
+    powers_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        parse(self.pattern, self.group)
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"start is {self.start}; it must be from 0 to 1")
+        for name in ("output", "spectral", "epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("rate", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.epochs and not self.output and not self.spectral:
+            raise ValueError("output and spectral are both 0; there is nothing to train on")
+
+    def weighed(self, losses: tuple[float, float]) -> float:
+        """Sum of output and spectral loss by their weights."""
+        return self.output * losses[0] + self.spectral * losses[1]
+
+
+class Trained(NamedTuple):
+    """Scales, and by epoch, the start first: (output loss, mean log stable rank), unrounded."""
+
+    scales: Scales
+    trace: tuple[tuple[float, float], ...]
+
+
+@torch.enable_grad()
+def train_scales(
+    block: nn.Module, inputs: BlockInputs, index: int = 0, options: Induction | None = None
+) -> Trained:
+    """Scales under which a block, pruned by magnitude, comes closest to itself.
+
+    Args:
+        block: dense decoder block of one of :data:`slr.methods.scales.MODELS`, left as it is.
+        inputs: of this block, as :func:`slr.calibrate.first_inputs` gives them, or as compressed
+            blocks before it have made them; the block is compared with itself on the same.
+        index: its number in the model.
+        options: ``Induction()`` by default.
+
+    Returns:
+        Scales of geometric mean 1, and the losses by epoch; the scales are those of the epoch in
+        which the sum of both losses, weighed, was least.  If the losses diverge, a warning says
+        so and all scales are 1.
+
+    Raises:
+        ValueError: another kind of block, a pattern that does not fit it, or unusable inputs.
+
+    Cost: an epoch is about five forward passes of the block over all windows, and one
+        selection of the mask a step; memory for the scores of its weights in float32, thrice.
+
+    >>> import slr
+    >>> model = slr.load("tiny", dtype=torch.float32)
+    >>> inputs = first_inputs(model, torch.arange(128).view(2, 64))
+    >>> found = train_scales(model.model.layers[0], inputs, options=Induction(epochs=1))
+    >>> len(found.trace), found.scales.mlp.shape
+    (2, torch.Size([256]))
+    """
+    options = options or Induction()
+    pattern = parse(options.pattern, options.group)
+    scales, grams = starting_scales(block, inputs, index, options.start)
+    losses = BlockLoss(block, inputs, index, grams, pattern, options.temperature)
+    best, trace = scales.centred(), [losses.whole(scales)]
+    try:
+        for now in _epochs(losses, scales, options):
+            trace.append(losses.whole(now))
+            if options.weighed(trace[-1]) == min(map(options.weighed, trace)):
+                best = now
+    except FloatingPointError as error:
+        warnings.warn(
+            f"block {index}: {error} in epoch {len(trace)} of induction, whose rate is "
+            f"{options.rate:g}; try a smaller one.  The block keeps its scales",
+            stacklevel=2,
+        )
+        best = Scales.ones(block)
+    return Trained(best.powers_of_two() if options.powers_of_two else best, tuple(trace))
+
+
+def _epochs(losses: BlockLoss, scales: Scales, options: Induction) -> Iterator[Scales]:
+    """Train `scales` in place; yields a copy after each epoch.
+
+    Raises:
+        FloatingPointError: a loss, or its gradient, that is not finite.
+    """
+    moving = list(scales.logs().values())
+    groups: list[dict[str, Any]] = [{"params": moving, "lr": options.rate}]
+    if scales.shift is not None:  # has the unit of v
+        unit = float(losses.grams["value"].diagonal().mean().sqrt())
+        groups.append({"params": [scales.shift], "lr": options.rate * unit})
+        moving = [*moving, scales.shift]
+    for parameter in moving:
+        parameter.requires_grad_()
+    batches = losses.inputs.hidden.split(losses.inputs.rows)
+    steps = max(1, options.epochs * len(batches))
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(options.epochs):
+        for batch in batches:
+            loss = torch.zeros((), device=moving[0].device)
+            if options.output:
+                loss = loss + options.output * losses.output(batch, scales)
+            if options.spectral:
+                loss = loss + options.spectral * losses.spectral(scales)
+            # Not backward(): the block's own parameters are to get no gradient.
+            slopes = torch.autograd.grad(loss, moving, allow_unused=True)
+            if not all(bool(x.isfinite().all()) for x in (loss, *slopes) if x is not None):
+                raise FloatingPointError(f"the loss became {loss.item():g}")
+            for parameter, slope in zip(moving, slopes, strict=True):
+                parameter.grad = slope
+            optimizer.step()
+            schedule.step()
+        yield scales.centred()
+
+
+def induce_block(
+    block: nn.Module, index: int, inputs: BlockInputs, options: Induction | None = None
+) -> Trained:
+    """Train the scales of one block and absorb them, in place: a step before pruning it.
+
+    Args:
+        block: filled dense decoder block of one of :data:`slr.methods.scales.MODELS`.
+        index: its number in the model.
+        inputs: of this block, whatever made them; they are left as they are.
+        options: ``Induction()`` by default.
+
+    Returns:
+        What :func:`train_scales` returns.  Norm weights and biases of the block have changed too.
+
+    Raises:
+        ValueError: as :func:`train_scales`, or more than one process; the block is as it was.
+
+    Cost: that of :func:`train_scales`.
+
+    >>> import slr
+    >>> model = slr.load("tiny", dtype=torch.float32)
+    >>> inputs, block = first_inputs(model, torch.arange(64).view(1, 64)), model.model.layers[0]
+    >>> before = block.input_layernorm.weight.clone()
+    >>> found = induce_block(block, 0, inputs, Induction(epochs=0))
+    >>> bool(torch.equal(block.input_layernorm.weight, before))
+    False
+    """
+    if ranks.world() > 1:
+        raise ValueError(f"induction trains in one process, not in {ranks.world()}")
+    found = train_scales(block, inputs, index, options)
+    absorb(block, found.scales)
+    return found
+
+
+def induce(
+    model: PreTrainedModel,
+    windows: Tensor,
+    options: Induction | None = None,
+    *,
+    rows: int | None = None,
+    progress: bool = False,
+) -> list[Trained]:
+    """Train and absorb scales block by block; the model stays dense and equivalent.
+
+    Args:
+        model: loaded dense model of one of :data:`slr.methods.scales.MODELS`, changed in place.
+        windows: calibration token windows (count, seqlen).
+        options: ``Induction()`` by default.
+        rows: windows in a training step; chosen to memory when ``None``.
+        progress: show a bar over the blocks on standard error.
+
+    Returns:
+        One :class:`Trained` for each block.  Prune the model by magnitude next, or repair it on
+        its weights: see the module for what else can gain.
+
+    Raises:
+        ValueError: a block that is not dense or of another kind (all are checked before any is
+            changed), or a pattern that does not fit.
+
+    Cost: that of :func:`train_scales` for each block and one more forward pass.
+
+    >>> import slr
+    >>> model = slr.load("tiny", dtype=torch.float32)
+    >>> ids = torch.arange(64).view(1, 64)
+    >>> before = model(ids).logits
+    >>> found = induce(model, ids, Induction(epochs=0))
+    >>> len(found), bool(torch.allclose(model(ids).logits, before, atol=1e-3))
+    (6, True)
+    """
+    blocks = decoder_blocks(model)
+    options = options or Induction()
+    for block in blocks:
+        check_pattern(block, options)
+    inputs = first_inputs(model, windows, rows)
+    found = []
+    for index, block in enumerate(tqdm(blocks, "induce", disable=not progress, unit="block")):
+        found.append(induce_block(block, index, inputs, options))
+        inputs.run(index, block, keep=True)
+    return found
+
+
+def check_pattern(block: nn.Module, options: Induction) -> None:
+    """Raise ValueError unless `block` can be scaled and its linears pruned to the pattern.
+
+    Cost: none; the weights need not be there.
+
+    >>> import slr
+    >>> check_pattern(slr.load("tiny").model.layers[0], Induction("1:5"))
+    Traceback (most recent call last):
+    ValueError: pattern 1:5 does not divide the 256 inputs of self_attn.q_proj
+    """
+    pattern = parse(options.pattern, options.group)
+    for name, layer in dense_linears(block).items():
+        if layer.in_features % getattr(pattern, "m", 1):
+            raise ValueError(
+                f"pattern {pattern} does not divide the {layer.in_features} inputs of {name}"
+            )

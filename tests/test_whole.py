@@ -1,0 +1,158 @@
+"""CAP, LoSparse and sparsity induction through ``slr compress``: the same folders as any other."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pipeline import hashes
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import slr
+from slr.cli import app
+from slr.journal import Journal
+from slr.methods.whole import compress_whole
+
+QUICK = {"steps": 3, "samples": 4, "seqlen": 32}
+
+
+def stop_at(name, monkeypatch):
+    """Let the journal be interrupted when it is given a file that begins so."""
+    real = Journal.add
+
+    def add(self, file, tensors, notes=None):
+        if file.startswith(name):
+            raise KeyboardInterrupt
+        real(self, file, tensors, notes)
+
+    monkeypatch.setattr(Journal, "add", add)
+
+
+@pytest.mark.parametrize("method", ["cap", "losparse"])
+def test_a_whole_model_method_makes_a_folder_like_any_other(small, tmp_path, method):
+    reports = compress_whole(small, tmp_path / "out", method, budget=0.4, **QUICK)
+    dense = sum(math.prod(r.shape) for r in reports)
+    kept = sum(r.kept + r.rank * sum(r.shape) for r in reports)
+    assert len(reports) == 14
+    assert 0.35 * dense < kept <= 0.4 * dense
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    names = {n for n, m in model.named_modules() if isinstance(m, slr.SLRLinear)}
+    assert names == {r.name for r in reports}
+    ids = torch.arange(24).view(1, 24)
+    logits = model(ids).logits
+    assert logits.isfinite().all()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").eval()
+    assert torch.equal(again(ids).logits, logits)
+    assert not list((tmp_path / "out").glob("candidates*"))
+    streamed = slr.perplexity(tmp_path / "out", ids, stream=True)
+    assert streamed == pytest.approx(slr.perplexity(tmp_path / "out", ids), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [("cap", "candidates-00002"), ("cap", "model-00002"), ("losparse", "model-00002")],
+)
+def test_stopped_and_resumed_it_ends_with_the_same_files(
+    small, tmp_path, method, where, monkeypatch
+):
+    compress_whole(small, tmp_path / "calm", method, **QUICK)
+    with monkeypatch.context() as patch:
+        stop_at(where, patch)
+        with pytest.raises(KeyboardInterrupt):
+            compress_whole(small, tmp_path / "out", method, **QUICK)
+    assert (tmp_path / "out.partial").is_dir()
+    with pytest.raises(ValueError, match=r"recipe.budget was 0.5, now 0.3"):
+        compress_whole(small, tmp_path / "out", method, budget=0.3, **QUICK)
+    compress_whole(small, tmp_path / "out", method, **QUICK)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
+
+
+def test_losparse_stores_what_training_changed_elsewhere(small, tmp_path):
+    compress_whole(small, tmp_path / "out", "losparse", **QUICK)
+    before = load_file(small / "model.safetensors")
+    now = load_file(tmp_path / "out" / "model-00003-of-00003.safetensors")
+    words = "model.embed_tokens.weight"
+    assert not torch.equal(before[words], now[words])
+    assert now[words].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["cap", "losparse"])
+def test_nothing_is_left_of_what_cannot_be_done(small, tmp_path, method, monkeypatch):
+    for options, says in (
+        ({"budget": 1.5}, "budget is 1.5"),
+        ({"steps": 0}, "steps is 0"),
+        ({"samples": 10**6, "seqlen": 32}, "fewer than"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compress_whole(small, tmp_path / "out", method, **options)
+    monkeypatch.setattr("slr.ranks.world", lambda: 2)
+    with pytest.raises(ValueError, match="one process, not in 2"):
+        compress_whole(small, tmp_path / "out", method, **QUICK)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="method 'best' is unknown"):
+        compress_whole(small, tmp_path / "out", "best")
+
+
+def test_induction_is_stored_and_resumed_with_its_block(small, tmp_path, monkeypatch):
+    recipe = slr.Recipe(prepare="induction", prune="magnitude", iterations=2, samples=3, seqlen=32)
+    assert recipe.statistic is None
+    assert recipe.needs_data
+    slr.compress(small, tmp_path / "calm", recipe)
+    norm = "model.layers.0.input_layernorm.weight"
+    stored = load_file(tmp_path / "calm" / "model-00001-of-00003.safetensors")[norm]
+    assert not torch.equal(stored, load_file(small / "model.safetensors")[norm])
+    with monkeypatch.context() as patch:
+        stop_at("model-00002", patch)
+        with pytest.raises(KeyboardInterrupt):
+            slr.compress(small, tmp_path / "out", recipe)
+    slr.compress(small, tmp_path / "out", recipe)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
+    with pytest.raises(ValueError, match="needs calibration windows"):
+        slr.compress_model(slr.load(small), recipe)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_from_the_command_line(small, tmp_path):
+    out, data = tmp_path / "cap", ["--samples", 4, "--seqlen", 32]
+    done = run("compress", small, "--out", out, "--method", "cap", "--steps", 2, *data)
+    assert done.exit_code == 0, done.output
+    done = run("info", out)
+    assert done.exit_code == 0, done.output
+    assert "method cap" in done.stdout
+    told = json.loads(run("info", out, "--json").stdout)
+    assert told["parameters"] <= 0.5 * told["parameters_before"]
+    done = run("eval", out, "--limit", 2, "--seqlen", 32)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["dense", "CAP"]
+    done = run("export", out, "--to", "peft", "--out", tmp_path / "peft")
+    assert done.exit_code == 0, done.output
+    done = run(
+        "compress", small, "--out", tmp_path / "induced", "--method", "induction+magnitude",
+        "--iterations", 2, *data,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    recipe = json.loads(run("info", tmp_path / "induced", "--json").stdout)["recipe"]
+    assert (recipe["prepare"], recipe["prune"]) == ("induction", "magnitude")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "cap", "--rank", "4"], "--rank has no meaning with --method cap"),
+        (["--budget", "0.3"], "--budget has no meaning with --method left out"),
+        (["--method", "best"], "method 'best' is unknown; it must be cap, losparse or induction"),
+        (["--method", "induction+wanda", "--prune", "magnitude"], "both name a pruner"),
+        (["--method", "induction+best"], "prune 'best' is unknown"),
+    ],
+)
+def test_a_method_with_the_wrong_options_is_one_line(tmp_path, options, says):
+    done = run("compress", "tiny", "--out", tmp_path / "x", *options)
+    assert done.exit_code == 2, done.output
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
