@@ -29,6 +29,7 @@ from slr.refine import Step
 __all__ = ["best_low_rank", "masked_least_squares", "refine_gram"]
 
 GRADIENT_STEPS = 4  # of conjugate gradients in a round
+REFRESH = 10  # rounds after which (W - S) H is computed anew, for rounding adds up
 
 
 def best_low_rank(rest: Tensor, metric: Gram, rank: int) -> tuple[Tensor, Tensor]:
@@ -85,24 +86,30 @@ def masked_least_squares(
     tensor([[1.5000, 0.0000]])
     """
     S = start.clone()
+    _descend(S, (target - S) @ H, mask, H, steps)
+    return S
+
+
+def _descend(S: Tensor, image: Tensor, mask: Tensor, H: Tensor, steps: int) -> None:
+    """The steps, in place; `image` is (T - S) H, all of it, and stays so."""
     inverse = 1 / H.diagonal()
-    gradient = ((target - S) @ H).mul_(mask)
+    gradient = image * mask
     direction = gradient * inverse
     power = (gradient * direction).sum(1, keepdim=True)
     for step in range(steps):
-        image = (direction @ H).mul_(mask)
-        curvature = (direction * image).sum(1, keepdim=True)
+        product = direction @ H
+        curvature = (direction * product).sum(1, keepdim=True)
         size = torch.where(curvature > 0, power / curvature.clamp_min(1e-38), 0)
-        S += size * direction
+        S.addcmul_(size, direction)
+        image.addcmul_(size, product, value=-1)
         if step + 1 == steps:
             break
-        gradient -= size * image
+        gradient = torch.mul(image, mask, out=product)
         conditioned = gradient * inverse
         following = (gradient * conditioned).sum(1, keepdim=True)
         share = torch.where(power > 0, following / power.clamp_min(1e-38), 0)
-        direction = conditioned + share * direction
+        direction = torch.addcmul(conditioned, share, direction, out=conditioned)
         power = following
-    return S
 
 
 def refine_gram(
@@ -122,8 +129,8 @@ def refine_gram(
         S (m, n), its mask, B (m, k) and A (k, n), and the steps, whose errors are in the damped
         metric.
 
-    Cost: a round takes 2 (GRADIENT_STEPS + 2) m n² + 6 m n q + 4 n² q FLOPs, q = k + 8, and a few
-        matrices of the size of W.
+    Cost: a round takes 2 GRADIENT_STEPS m n² + 12 m n q FLOPs, q = k + 8, and a few matrices of the
+        size of W.
 
     >>> W, H = torch.tensor([[2.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> S, mask, (B, A), steps = refine_gram(
@@ -140,24 +147,31 @@ def refine_gram(
     m, n = work.shape
     width = min(rank + OVERSAMPLING, m, n)
     U = torch.randn(m, width, generator=generator, device=work.device, dtype=work.dtype)
-    S = masked_least_squares(work, mask, H, work * mask, GRADIENT_STEPS)
+    S = work * mask
+    image = (work - S) @ H  # (W - S) H follows S; only the descent multiplies by H
+    _descend(S, image, mask, H, GRADIENT_STEPS)
     loudness = H.diagonal().sqrt()
     steps: list[Step] = []
     for turn in range(iterations):
         R = work - S
+        if turn and turn % REFRESH == 0:
+            torch.matmul(R, H, out=image)
         for _ in range(WARMUP if turn == 0 else 1):
-            U = torch.linalg.qr(R @ (H @ (R.T @ U)))[0]
-        A = R.T @ U
-        vectors = torch.linalg.eigh(A.T @ (H @ A))[1].flip(1)
-        U, A = U @ vectors, (A @ vectors).T
-        B, A = U[:, :rank], A[:rank]
-        target = torch.addmm(work, B, A, alpha=-1)
+            U = torch.linalg.qr(image @ (R.T @ U))[0]
+        A, AH = R.T @ U, image.T @ U
+        vectors = torch.linalg.eigh(A.T @ AH)[1].flip(1)
+        U, A, AH = U @ vectors, (A @ vectors).T, (AH @ vectors).T
+        B, A, AH = U[:, :rank], A[:rank], AH[:rank]
         if update_mask is not None and turn < iterations // 2:
+            target = torch.addmm(work, B, A, alpha=-1)
             mask = update_mask.select(target.abs() * loudness)
             S = torch.where(mask & (S != 0), S, target * mask)
-        S = masked_least_squares(target, mask, H, S, GRADIENT_STEPS)
-        rest = target - S
-        error = ((rest @ H) * rest).sum(dtype=torch.float64).clamp_min(0) * unit
+            torch.matmul(work - S, H, out=image)
+        image.addmm_(B, AH, alpha=-1)  # now (W - B A - S) H
+        _descend(S, image, mask, H, GRADIENT_STEPS)
+        rest = torch.addmm(work, B, A, alpha=-1).sub_(S)
+        error = rest.mul_(image).sum(dtype=torch.float64).clamp_min(0) * unit
+        image.addmm_(B, AH)
         steps.append(Step(rank, float(error.sqrt())))
         if tolerance and turn:
             before, now = steps[-2].error, steps[-1].error

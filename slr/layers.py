@@ -89,7 +89,7 @@ def compress_layer(
     if recipe.refine == "pcp":
         # As the paper's toolkit weighs S: by the sum of one column, not of all n of them.
         balance = 1 / (weight.shape[1] * max(weight.shape) ** 0.5)
-        return pcp_repair(weight, mask, recipe.rank, balance=balance, tolerance=1e-4)
+        return pcp_repair(weight, mask, recipe.rank, balance=balance, tolerance=1e-3)
     if recipe.refine in ("svd", "eora"):
         return svd_repair(weight, mask, recipe.rank, metric, sparse=kept)
     return refine(
