@@ -408,6 +408,27 @@ def reproduce_(
     print(reproduce.as_text(measured, known, columns.split(",") if columns else spec.columns))
 
 
+@app.command(
+    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+@_one_line_errors
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="refine | linear | decode | pipeline | …")],
+) -> None:
+    """Run a benchmark, which prints a table; what follows its name are its own options."""
+    import pkgutil
+    import runpy
+
+    import slr.benchmarks
+
+    names = sorted(module.name for module in pkgutil.iter_modules(slr.benchmarks.__path__))
+    if name not in names:
+        raise ValueError(f"benchmark {name!r} is unknown; it must be one of {', '.join(names)}")
+    sys.argv = [f"benchmarks/{name}.py", *context.args]
+    runpy.run_module(f"slr.benchmarks.{name}", run_name="__main__")
+
+
 def main() -> None:
     """Entry point of the ``slr`` command."""
     app()

@@ -156,3 +156,12 @@ def test_the_embedded_model_is_a_normal_checkpoint():
     assert tokenizer.decode(tokenizer(sentence)["input_ids"]) == sentence
     size = sum(f.stat().st_size for f in slr.tiny.path().rglob("*") if f.is_file())
     assert size <= 20e6
+
+
+def test_bench_runs_a_benchmark_with_its_own_options():
+    done = run("bench", "nothing")
+    assert done.exit_code == 2
+    assert "benchmark 'nothing' is unknown" in done.stderr
+    done = run("bench", "metrics", "--", "--help")
+    assert done.exit_code == 0, done.output
+    assert "--samples" in done.stdout
