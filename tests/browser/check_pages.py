@@ -36,13 +36,13 @@ async function load(page, width) {
   return frame;
 }
 function clipped(doc, width) {
-  // Wider than the page, and not inside something that scrolls.
+  // Wider than the page, and not inside something that scrolls: what is hidden is lost.
   return [...doc.querySelectorAll("article *")].filter((node) => {
     const box = node.getBoundingClientRect();
     if (!box.width || box.right <= width + 1) return false;
     for (let up = node; up && up !== doc.body; up = up.parentElement) {
       const style = doc.defaultView.getComputedStyle(up);
-      if (["auto", "scroll", "hidden"].includes(style.overflowX)) return false;
+      if (["auto", "scroll"].includes(style.overflowX)) return false;
       if (style.position === "fixed" || style.visibility === "hidden") return false;
     }
     return true;
