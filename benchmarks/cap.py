@@ -100,7 +100,9 @@ def variance(args: argparse.Namespace, found: dict, calibration: torch.Tensor) -
     scores = torch.stack([(m.double() - s) / (s * (1 - s) + policy.epsilon) for m in masks])
     for batch in (1, 4, 16):
         excess = excess_loss(dense, pool, calibration, batch, args.refit)
-        losses = torch.tensor([excess(mask, k) for k, mask in enumerate(masks)]).double()
+        losses = torch.tensor(
+            [excess(mask * pool.costs, k) for k, mask in enumerate(masks)]
+        ).double()
         level = torch.tensor(
             [math.log(slr.perplexity(dense, part)) for part in calibration.split(batch)]
         )

@@ -2,14 +2,18 @@
 
     python benchmarks/losparse.py [--out results/measured/tiny/losparse.json]
 
-For every ratio and mode: fine-tunes the embedded model for ``--tune-steps`` with each learning
-rate of ``--rates`` (and, for LoSparse, each share of ``--shares``: of the remaining parameters,
-what goes to U and V), measures on tuning windows, and with the best fine-tunes for ``--steps`` and
-measures on other held-out windows.  Windows, their order, steps and schedule are the same for all.
-With ``--out`` each cell is written as it is done, and a run that was stopped goes on.
+Tuning, at every ratio, by trainings of ``--tune-steps`` measured on tuning windows: each mode's
+learning rate is doubled or halved until that is worse, and LoSparse takes the best share of
+``--shares`` (of the remaining parameters, what goes to U and V).  Then each mode is fine-tuned for
+``--steps`` with what was best, and measured on other held-out windows.
+Training windows, their order, steps and schedule are the same for all.
+
+With ``--out`` each cell is written as it is done; a run that was stopped goes on, and several runs
+(``--modes`` apart) may share one file.
 """
 
 import argparse
+import fcntl
 import json
 import sys
 import tempfile
@@ -23,23 +27,26 @@ import slr
 from slr.methods import losparse
 from slr.provenance import provenance
 
-SEQLEN, BATCH, TUNING, REPORTED = 128, 4, 64, 256
-WARMUP, COOLDOWN = 0.1, 1 / 3  # of the steps
+SEQLEN, BATCH, TRAIN, TUNING, REPORTED = 128, 4, 1200, 64, 128
+WARMUP, COOLDOWN = 0.05, 0.65  # of the steps
+SETTINGS = {
+    "seqlen": SEQLEN, "batch": BATCH, "training windows": TRAIN, "tuning windows": TUNING,
+    "reported windows": REPORTED, "warm-up": WARMUP, "cool-down": COOLDOWN,
+}  # fmt: skip
+KEYS = ("mode", "remaining asked", "lr", "share", "steps")
 
 
-def training_windows(count: int) -> torch.Tensor:
-    """The first `count` windows of the documents that are not held out, shuffled."""
+def training_windows() -> torch.Tensor:
+    """Windows of the documents that are not held out, shuffled."""
     texts, length = [], 0
     for name, text in slr.data.documents().items():
         if not slr.data.held_out(name):
             texts.append(text[: slr.data.LONGEST])
             length += len(texts[-1])
-        if length > 8 * count * SEQLEN:
+        if length > 8 * TRAIN * SEQLEN:
             break
-    found = slr.data.windows("\n\n".join(texts), slr.load_tokenizer("tiny"), SEQLEN, count)
-    if len(found) < count:
-        sys.exit(f"the text has {len(found)} windows, fewer than {count}; give fewer steps")
-    return found[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    found = slr.data.windows("\n\n".join(texts), slr.load_tokenizer("tiny"), SEQLEN, TRAIN)
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 
 def cell(
@@ -49,7 +56,7 @@ def cell(
     """Convert, fine-tune, make compact, measure the perplexity of each text."""
     model = slr.load("tiny", dtype=torch.float32)
     started, windows = time.perf_counter(), train[: steps * BATCH]
-    row = {"mode": mode, "remaining asked": ratio, "lr": lr, "share": share, "steps": steps}
+    row: dict = dict(zip(KEYS, (mode, ratio, lr, share, steps), strict=True))
     options = {"lr": lr, "dtype": torch.bfloat16}
     if mode == "dense":
         batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(BATCH)]
@@ -84,70 +91,97 @@ def table(rows: list[dict]) -> pd.DataFrame:
     return frame[shown].reindex(columns=modes, level="mode").sort_index(ascending=False)
 
 
+class Record:
+    """The cells that are done, in memory or in a file that several runs may share."""
+
+    def __init__(self, out: Path | None, about: dict) -> None:
+        self.out, self.about, self.rows = out, about, list[dict]()
+        self.read()
+
+    def read(self) -> None:
+        if self.out is not None and self.out.is_file():
+            before = json.loads(self.out.read_text(encoding="utf-8"))
+            if before["settings"] != SETTINGS:
+                sys.exit(f"{self.out} was measured with {before['settings']}; give another --out")
+            self.rows = before["tuning"] + before["rows"]
+
+    def find(self, **given) -> dict | None:
+        return next((r for r in self.rows if all(r[k] == v for k, v in given.items())), None)
+
+    def add(self, row: dict) -> dict:
+        print(json.dumps({k: v for k, v in row.items() if k != "loss"}), flush=True)
+        if self.out is None:
+            self.rows.append(row)
+            return row
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(__file__) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            # In place of what another run, or one with other settings, has measured.
+            keys = KEYS if "perplexity, tuning" in row else ("mode", "remaining asked")
+            kind = list(row)[-1]
+            same = [r for r in self.rows if kind in r and all(r[k] == row[k] for k in keys)]
+            self.rows = [r for r in self.rows if r not in same] + [row]
+            order = sorted(self.rows, key=lambda r: (-r["remaining asked"], r["mode"], r["lr"]))
+            parts = {
+                "tuning": [r for r in order if "perplexity, tuning" in r],
+                "rows": [r for r in order if "perplexity, reported" in r],
+            }
+            part = self.out.with_suffix(".part")
+            part.write_text(json.dumps({**self.about, **parts}, indent=1) + "\n", encoding="utf-8")
+            part.rename(self.out)
+        return row
+
+
 def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.1])
-    parser.add_argument("--modes", nargs="+", default=[*losparse.MODES])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tune-steps", type=int, default=80)
+    parser.add_argument("--modes", nargs="+", default=["dense", *losparse.MODES])
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.8, 0.9])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--tune-steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    settings = {"seqlen": SEQLEN, "batch": BATCH, "warm-up": WARMUP, "cool-down": COOLDOWN}
-    settings |= {"tuning windows": TUNING, "reported windows": REPORTED}
-    rows: list[dict] = []
-    if args.out and args.out.is_file():
-        before = json.loads(args.out.read_text(encoding="utf-8"))
-        if before["settings"] != settings:
-            sys.exit(f"{args.out} was measured with {before['settings']}; give another --out")
-        rows = before["tuning"] + before["rows"]
-    most = max(args.steps, args.tune_steps)
-    held = slr.data.windows(
-        slr.data.corpus("validation"), slr.load_tokenizer("tiny"), SEQLEN, TUNING + REPORTED
-    )
+    if max(args.steps, args.tune_steps) * BATCH > TRAIN:
+        sys.exit(f"{args.steps} steps need more than the {TRAIN} training windows")
+    tokenizer = slr.load_tokenizer("tiny")
+    text = slr.data.corpus("validation")
+    held = slr.data.windows(text, tokenizer, SEQLEN, TUNING + REPORTED)
     text = {"tuning": held[:TUNING], "reported": held[TUNING:]}
-    train = training_windows(most * BATCH)
+    train = training_windows()
     untrained = slr.perplexity(slr.load("tiny", dtype=torch.float32), text["reported"])
+    record = Record(args.out, {
+        "model": "slr/tiny/model", "untrained": untrained, "settings": SETTINGS,
+        "command": "python " + " ".join(sys.argv), **provenance(),
+    })  # fmt: skip
 
-    def measured(steps: int, **given) -> dict:
-        for row in rows:
-            if row["steps"] == steps and all(row[key] == value for key, value in given.items()):
-                return row
-        kind = "tuning" if steps == args.tune_steps else "reported"
-        row = cell(*given.values(), steps, train, {kind: text[kind]})
-        rows.append(row)
-        print(json.dumps({k: v for k, v in row.items() if k != "loss"}), flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            about = {"model": "slr/tiny/model", "untrained": untrained, "settings": settings}
-            about["tuning"] = [row for row in rows if row["steps"] == args.tune_steps]
-            about["rows"] = [row for row in rows if row["steps"] != args.tune_steps]
-            about |= {"command": "python " + " ".join(sys.argv), **provenance()}
-            part = args.out.with_suffix(".part")
-            part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            part.rename(args.out)
+    def measured(kind: str, steps: int, mode: str, ratio: float, lr: float, share: float) -> dict:
+        given = dict(zip(KEYS, (mode, ratio, lr, share, steps), strict=True))
+        row = record.find(**given)
+        if row is None or f"perplexity, {kind}" not in row:
+            row = record.add(cell(mode, ratio, lr, share, steps, train, {kind: text[kind]}))
         return row
 
-    final = []
-    cells = [("dense", 1.0)] if "dense" in args.modes else []
-    cells += [(m, r) for r in args.ratios for m in args.modes if m != "dense"]
-    best = {}
-    for mode, ratio in cells:
+    def tuned(mode: str, ratio: float) -> dict:
+        """The best learning rate, doubled or halved until that is worse; then the best share."""
         shares = args.shares if mode == "losparse" else [{"lowrank": 1.0}.get(mode, 0.0)]
-        tried = [
-            measured(
-                args.tune_steps, **{"mode": mode, "remaining asked": ratio, "lr": lr, "share": s}
-            )
-            for s in shares
-            for lr in args.rates
-        ]
-        best[mode, ratio] = min(tried, key=lambda row: row["perplexity, tuning"])
-    for (mode, ratio), row in best.items():
-        if args.steps:
-            given = {"mode": mode, "remaining asked": ratio, "lr": row["lr"], "share": row["share"]}
-            final.append(measured(args.steps, **given))
+
+        def at(lr: float, share: float) -> float:
+            row = measured("tuning", args.tune_steps, mode, ratio, lr, share)
+            return row["perplexity, tuning"]
+
+        tried = {lr: at(lr, shares[0]) for lr in args.rates}
+        while (lr := min(tried, key=tried.__getitem__)) in (min(tried), max(tried)):
+            lr = lr / 2 if lr == min(tried) else lr * 2
+            tried[lr] = at(lr, shares[0])
+        return {"lr": lr, "share": min(shares, key=lambda share: at(lr, share))}
+
+    final = []
+    for mode in args.modes:
+        for ratio in args.ratios if mode != "dense" else [1.0]:
+            final.append(measured("reported", args.steps, mode, ratio, **tuned(mode, ratio)))
     print(f"dense, as it is: {untrained:.3f}")
     for row in final:
         if row["mode"] == "dense":

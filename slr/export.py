@@ -88,11 +88,14 @@ def _plain(name: str, block: nn.Module, to: str, factors: dict[str, Tensor]) -> 
         if not isinstance(layer, SLRLinear):
             continue
         full = f"{name}.{inner}"
-        B, A = tensors.pop(f"{full}.B"), tensors.pop(f"{full}.A")
+        for part in ("values", "bitmask", "B", "A"):
+            del tensors[f"{full}.{part}"]
+        S, B, A = layer.weight, layer.B.data, layer.A.data
         if to == "dense":
-            dense = layer.weight.float().addmm(B.float(), A.float())
-            tensors[f"{full}.weight"] = dense.to(layer.weight.dtype)
-        elif layer.rank:
+            tensors[f"{full}.weight"] = S.float().addmm(B.float(), A.float()).to(S.dtype)
+            continue
+        tensors[f"{full}.weight"] = S
+        if layer.rank:
             factors[f"base_model.model.{full}.lora_A.weight"] = A.contiguous()
             factors[f"base_model.model.{full}.lora_B.weight"] = B.contiguous()
     return tensors

@@ -161,7 +161,7 @@ def compress_block(
                 (layer.out_features, layer.in_features),
                 recipe.pattern,
                 layer.rank,
-                int(layer.mask.sum()),
+                layer.values.numel(),
                 bias is not None,
                 *errors,
                 seconds,

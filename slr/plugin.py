@@ -88,12 +88,7 @@ def place(model: nn.Module, layers: dict[str, dict], dtype: torch.dtype) -> None
 
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that are stored of a compressed model or block, by name."""
-    tensors = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, SLRLinear):
-            del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{part}": value for part, value in module.packed().items()}
-    return tensors
+    return dict(model.state_dict())  # a layer holds what is stored
 
 
 def adopt(model: PreTrainedModel, about: dict) -> PreTrainedModel:
@@ -163,7 +158,7 @@ def _plugin() -> tuple[Any, Any]:
         def _process_model_after_weight_loading(self, model, **kwargs):
             for module in model.modules():
                 if isinstance(module, SLRLinear):
-                    module.unpack_()
+                    module.check_()
             base: Any = type(model.config)
             model.config.__class__ = _disguised(base)
             return model

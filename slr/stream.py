@@ -263,7 +263,7 @@ class Stream:
         self.put(module, self.files.read(set(wanted.values())), wanted)
 
     def put(self, module: nn.Module, tensors: dict[str, Tensor], wanted: dict[str, str]) -> None:
-        """Give a module `tensors`, by the names of its own tensors, and unpack what is packed."""
+        """Give a module `tensors`, by the names of its own tensors, and check what is packed."""
         for inner, full in wanted.items():
             path, _, leaf = inner.rpartition(".")
             owner = module.get_submodule(path)
@@ -274,14 +274,11 @@ class Stream:
             else:
                 owner._buffers[leaf] = value
         for inner_module in module.modules():
-            if isinstance(inner_module, SLRLinear) and hasattr(inner_module, "values"):
-                inner_module.unpack_()
+            if isinstance(inner_module, SLRLinear):
+                inner_module.check_()
 
     def empty(self, module: nn.Module) -> None:
-        """Let go of a module's parameters, and of the memory that they took.
-
-        A compressed block can be filled only once.
-        """
+        """Let go of a module's parameters, and of the memory that they took."""
         for owner in module.modules():
             if isinstance(owner, SLRLinear):
                 owner.to("meta")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import slr
 from slr.cli import app
 from slr.methods.cap import Pool, allocate, excess_loss, place
-from slr.methods.cap_candidates import Candidates, candidates, propose
+from slr.methods.cap_candidates import Candidates, candidates, pack, propose, unpack
 from slr.methods.cap_policy import Policy, choose, learn, project, soften
 from slr.stream import Stream
 
@@ -319,10 +319,10 @@ def test_loss_of_a_mask_is_that_of_the_model_it_makes(model, windows, found, ref
     pool = Pool(found)
     loss = excess_loss(model, pool, windows, len(windows), refit)
     nothing_lost = torch.ones(len(pool.costs), dtype=torch.bool)
-    assert loss(nothing_lost, 0) == pytest.approx(0, abs=1e-4)
+    assert loss(nothing_lost * pool.costs, 0) == pytest.approx(0, abs=1e-4)
     mask = torch.rand(len(pool.costs), generator=seeded()) < 0.5
     before = torch.tensor(slr.perplexity(model, windows)).log()
-    told = loss(mask, 0)
+    told = loss(mask * pool.costs, 0)
     place(model, pool, mask * pool.costs, {"refine": "cap"}, refit)
     after = torch.tensor(slr.perplexity(model, windows)).log()
     assert told == pytest.approx(float(after - before), abs=1e-5)
@@ -362,6 +362,19 @@ def test_saved_and_loaded(small, windows, tmp_path, pattern):
     assert "budget 0.7" in told.output
 
 
+def test_candidates_of_a_file_give_the_same_model(small, windows, found, tmp_path):
+    save_file(pack(found), tmp_path / "a.safetensors")
+    read = unpack(load_file(tmp_path / "a.safetensors"))
+    backwards = {name: read[name] for name in sorted(read, reverse=True)}
+    models = []
+    for given in (found, backwards):
+        models.append(slr.load(small, dtype=torch.float32))
+        allocate(models[-1], windows, 0.4, found=given, steps=5, batch=2, rate=10.0)
+    ours, theirs = (made.state_dict() for made in models)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_stage_two_runs_forward_only(model, windows, found, monkeypatch):
     runs = []
 
@@ -374,7 +387,8 @@ def test_stage_two_runs_forward_only(model, windows, found, monkeypatch):
     monkeypatch.setattr(model, "forward", watched)
     losses = []
     allocate(model, windows, found=found, steps=4, batch=3, losses=losses)
-    assert runs == [False] * (4 + 2)  # and the dense model on each of two batches
+    # Masks, the dense model on each of two batches, the choice before and after on five.
+    assert runs == [False] * (4 + 2 + 2 * 5)
     assert len(losses) == 4
 
 
@@ -453,6 +467,21 @@ def test_a_level_loss_is_not_taken_for_a_diverging_one():
     for seed in range(20):
         learn(Policy(torch.ones(3), 1), lambda mask, step: torch.randn(1, generator=g).item(), 40,
               seeded(seed))  # fmt: skip
+
+
+def test_a_choice_worse_than_the_start_is_refused(model, windows, found, monkeypatch):
+    pool = Pool(found)
+    costs, spend = pool.costs, pool.budget(0.5)
+    start = choose(soften(pool.uniform(), costs, spend), costs, pool.units, spend)
+
+    def rigged(*_):
+        return lambda amounts, step: 0.5 if torch.equal(amounts, start) else 1.0 + 1e-6 * step
+
+    monkeypatch.setattr("slr.methods.cap.excess_loss", rigged)
+    with pytest.raises(ValueError, match=r"it is 1 with the learned choice and was 0\.5 at the"):
+        allocate(model, windows, found=found, steps=8, rate=1e4)
+    assert not any(isinstance(m, slr.SLRLinear) for m in model.modules())
+    allocate(model, windows, found=found, steps=0)
 
 
 def test_pursuit_that_has_not_converged_is_a_warning_with_the_name(model):

@@ -13,7 +13,7 @@ from slr.compress import plan_layers
 from slr.layers import compress_block
 from slr.methods.induction import Induction, Scales, absorb, induce, induce_block, train_scales
 from slr.methods.induction_loss import BlockLoss, soft_mask, starting_scales
-from slr.methods.scales import dense_linears
+from slr.methods.scales import ROWS, dense_linears
 from slr.patterns import NM, Unstructured, parse
 from slr.statistics import NormStatistic
 from slr.stream import Stream
@@ -359,12 +359,17 @@ def test_a_diverging_loss_warns_and_the_block_keeps_its_scales(text_windows):
         induce(model, text_windows[:4], Induction(rate=1e6), rows=1)
     assert len(caught) == 6  # one for each block
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_training_that_does_not_help_keeps_the_start(text_windows):
+    model = slr.load("tiny", dtype=torch.float32)
+    block, inputs = decoder_blocks(model)[0], first_inputs(model, text_windows[:4], rows=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = induce(model, text_windows[:4], Induction(rate=1e6, spectral=0), rows=1)
-    # Worse, but finite: then the start is the best epoch.
-    for each in found:
-        assert each.trace[0][0] == min(loss for loss, _ in each.trace)
+        found = train_scales(block, inputs, 0, Induction(rate=1e6, spectral=0))
+    assert min(loss for loss, _ in found.trace[1:]) > found.trace[0][0]
+    start = starting_scales(block, inputs, 0, 1.0)[0].logs()
+    assert all(torch.allclose(v, start[k], atol=1e-5) for k, v in found.scales.logs().items())
 
 
 def test_more_than_one_process_is_refused(monkeypatch):
@@ -382,6 +387,46 @@ def test_induced_by_powers_of_two_is_the_same_model(text_windows):
     assert torch.equal(outputs(model, text_windows[:2]), before)
 
 
+def test_fixed_scales_stay_and_rows_with_them(text_windows):
+    """Else SparseGPT, which for a fraction compares rows, takes the loudest for the least."""
+    model = slr.load("tiny", dtype=torch.float32)
+    block, inputs = decoder_blocks(model)[0], first_inputs(model, text_windows, rows=4)
+    found = train_scales(block, inputs, 0, Induction("0.5", rate=0.1, epochs=1, fixed=ROWS))
+    for name, log in found.scales.logs().items():
+        assert bool(log.any()) == (name not in ROWS)
+    recipe = slr.Recipe(prune="sparsegpt", pattern="0.5", refine="none")
+    found = []
+    for fixed in (None, ROWS, ()):
+        induced = copy.deepcopy(model)
+        if fixed is not None:
+            induce(induced, text_windows, Induction("0.5", epochs=0, fixed=fixed))
+        slr.compress_model(induced, recipe, text_windows)
+        found.append(slr.perplexity(induced, text_windows))
+    plain, columns, rows = found
+    assert columns < 1.05 * plain
+    assert rows > 1.3 * plain
+
+
+@pytest.mark.parametrize(
+    ("prune", "pattern", "group", "across"),
+    [
+        ("sparsegpt", "0.5", "row", True), ("magnitude", "0.5", "matrix", True),
+        ("sparsegpt", "2:4", "row", False), ("wanda", "2:4", "matrix", False),
+        ("magnitude", "0.5", "row", False),
+    ],
+)  # fmt: skip
+def test_rows_are_fixed_before_what_compares_rows(prune, pattern, group, across):
+    assert Induction.before(prune, pattern, group).fixed == (ROWS if across else ())
+
+
+def test_a_fixed_shift_stays(text_windows):
+    model = random_model()
+    inputs, block = first_inputs(model, torch.randint(300, (4, 32))), decoder_blocks(model)[0]
+    for fixed in ((), ("shift",)):
+        found = train_scales(block, inputs, 0, Induction(rate=0.1, spectral=0, fixed=fixed))
+        assert bool(found.scales.shift.any()) == (fixed == ())
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -391,6 +436,7 @@ def test_induced_by_powers_of_two_is_the_same_model(text_windows):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"pattern": "3:2"}, "3:2"),
         ({"group": "column"}, "group is 'column'"),
+        ({"fixed": ("gate",)}, "fixed names 'gate'; it may name attention, mlp, hidden"),
         ({"output": 0, "spectral": 0}, "output and spectral are both 0"),
     ],
 )

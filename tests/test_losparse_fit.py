@@ -205,3 +205,20 @@ def test_to_slr_needs_the_source_it_came_from():
     with pytest.raises(ValueError, match=r"source has no nn.Linear 'layers.0' of shape \(12, 6\)"):
         losparse.to_slr(model, nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(5, 12)])}))
     assert isinstance(model.layers[0], losparse.LoSparseLinear)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_to_slr_keeps_biases(compact):
+    source, model = Net(), Net()
+    model.load_state_dict(source.state_dict())
+    losparse.convert(model, rank_ratio=0.3)
+    model.layers[0].kept[::2] = False
+    x = batches(1)[0]["x"]
+    if compact:
+        losparse.compact(model)
+    with torch.no_grad():
+        expected = model(x).logits
+        records = losparse.to_slr(model, source)
+        assert torch.allclose(model(x).logits, expected, atol=1e-6)
+    assert records["layers.0"]["bias"]
+    assert torch.equal(model.layers[0].bias, source.layers[0].bias)

@@ -20,7 +20,7 @@ def tokenizer():
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     ids = {word: i for i, word in enumerate([*special, *WORDS])}
     plain = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     plain.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
@@ -168,7 +168,7 @@ def test_settings_are_those_of_the_public_scripts():
 
 def test_answers_are_found_in_the_window_that_holds_them():
     recipe = replace(RECIPES["squad"], length=16, stride=4)
-    context = " ".join(WORDS)
+    context = " ".join(WORDS).replace("w19 w20 w21 w22", "w19.w20 w21.w22")  # tokens that touch
     start = context.index("w20 w21")
     row = {"question": "w1 w2", "context": context}
     row["answers"] = {"text": ["w20 w21"], "answer_start": [start]}

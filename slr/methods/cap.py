@@ -50,6 +50,7 @@ __all__ = [
 ]  # fmt: skip
 
 METHODS = ("learned", "uniform", "greedy")
+WORSE = 0.05  # nats a token: more than a few batches may differ by
 
 
 @dataclass(frozen=True)
@@ -192,16 +193,19 @@ def allocate(
     if found is not None and options:
         raise ValueError(f"{', '.join(options)} is for candidates, but found has them made already")
     started = time.perf_counter()
-    pool = Pool(dict(propose(model, **options)) if found is None else found)
-    _check_layers(model, pool)
+    pool = _pool(model, dict(propose(model, **options)) if found is None else found)
     spend = pool.budget(budget)
     if method == "learned" and windows is not None:
         check_vocabulary(windows, model.config)
         start = soften(getattr(pool, prior)(), pool.costs, spend, width)
         policy = Policy(pool.costs, spend, start, rate=rate, window=window, epsilon=epsilon)
         loss = excess_loss(model, pool, windows, batch, refit)
-        learn(policy, loss, steps, generator or torch.Generator().manual_seed(0))
+        generator = generator or torch.Generator().manual_seed(0)
+        learn(policy, lambda mask, step: loss(mask * pool.costs, step), steps, generator)
         priority = policy.probabilities
+        choices = [choose(p, pool.costs, pool.units, spend) for p in (start, priority)]
+        if steps:
+            _check_gain(*(sum(loss(c, k) for k in range(window)) / window for c in choices), rate)
         if losses is not None:
             losses += policy.losses
     else:
@@ -216,19 +220,29 @@ def allocate(
     return place(model, pool, amounts, recipe, refit, started)
 
 
-def _check_layers(model: nn.Module, pool: Pool) -> None:
-    """Raise unless every candidate belongs to a dense layer of its shape."""
+def _pool(model: nn.Module, found: Mapping[str, Candidates]) -> Pool:
+    """Candidates in the order of the model; raise unless each is of a dense layer of its shape."""
     modules = dict(model.named_modules())
-    for name, c in pool.found.items():
+    for name, c in found.items():
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != c.shape:
             raise ValueError(f"found has {name!r}, no dense layer of shape {c.shape} of the model")
+    return Pool({name: found[name] for name in modules if name in found})
+
+
+def _check_gain(before: float, after: float, rate: float) -> None:
+    """Raise if the learned choice is clearly worse than what was to be improved."""
+    if not after < before + WORSE:
+        raise ValueError(
+            f"the loss diverged: above the dense model's, it is {after:.4g} with the learned "
+            f"choice and was {before:.4g} at the start; take a rate below {rate}, or more steps"
+        )
 
 
 def excess_loss(
     model: PreTrainedModel, pool: Pool, windows: Tensor, batch: int, refit: bool = False
 ) -> Callable[[Tensor, int], float]:
-    """Loss of a mask over the groups of `pool`, above the dense model's, at a step.
+    """Loss of a choice from `pool`, above the dense model's, at a step.
 
     Args:
         model: dense; never modified.
@@ -238,7 +252,8 @@ def excess_loss(
         refit: as for :func:`allocate`.
 
     Returns:
-        A function of mask (bool (p,)) and step: mean negative log-likelihood a token, in nats.
+        A function of amounts (int64 (p,), parameters kept of each group) and step: mean negative
+        log-likelihood a token, in nats.
 
     Raises:
         ValueError: windows of a wrong shape, or a batch below 1.
@@ -248,18 +263,18 @@ def excess_loss(
             f"windows have shape {tuple(windows.shape)} and batch is {batch}; they must be "
             "(count, seqlen) and at least 1"
         )
-    batches, dense, costs = windows.split(batch), dict[int, float](), pool.costs
+    batches, dense = windows.split(batch), dict[int, float]()
     weights = {name: _linear(model, name).weight.data for name in pool.found}
 
-    def loss(mask: Tensor, step: int) -> float:
+    def loss(amounts: Tensor, step: int) -> float:
         number = step % len(batches)
         ids = batches[number].to(model.device)
         if number not in dense:
             dense[number] = _likelihood(model, ids, {})
         built = {}
-        for name, amounts in pool.split(mask * costs).items():
+        for name, part in pool.split(amounts).items():
             W = weights[name]
-            made = pool.found[name].dense(amounts, W if refit else None)
+            made = pool.found[name].dense(part, W if refit else None)
             built[f"{name}.weight"] = made.to(W.dtype)
         return _likelihood(model, ids, built) - dense[number]
 

@@ -11,7 +11,7 @@ drop.  The paper's policy has a probability for every triplet (``share=1``).
 The weight λ = 1/√max(m, n) of ‖S‖₁ is the one that recovers a planted L and S.  A trained matrix
 is no such sum: there it splits W into an L of more than half the full rank and an S of more than
 half the entries, which together hold more parameters than W.  `balance_ratio` is λ in
-units of 1/√max(m, n); with less, L is smaller, and at 0.3 all of W is S.
+units of 1/√max(m, n); with less, L is smaller, until all of W is S.
 
 With an n:m pattern S is the n:m sparse matrix of a masked pursuit, on the places where |W| is
 largest, so that W = L + S again.  Such an S costs n/m of W whatever is in it: it is kept whole, and
@@ -37,7 +37,7 @@ from slr.pcp import pursue
 from slr.refine import Refined, Step
 from slr.stream import Stream, blocks_name, decoder_blocks
 
-__all__ = ["Candidates", "block_candidates", "candidates", "propose"]
+__all__ = ["Candidates", "block_candidates", "candidates", "pack", "propose", "unpack"]
 
 NEGLIGIBLE = 1e-4  # of the largest singular value: what an L that has nearly converged has left
 
@@ -309,3 +309,35 @@ def block_candidates(name: str, block: nn.Module, **options) -> Iterator[tuple[s
         for warning in told:
             warnings.warn(f"{full}: {warning.message}", warning.category, stacklevel=2)
         yield full, found
+
+
+def pack(found: Mapping[str, Candidates]) -> dict[str, Tensor]:
+    """Candidates of some layers, those of a block for example, as tensors for one file.
+
+    >>> found = {"a.b": candidates(torch.eye(4)), "c": candidates(torch.ones(2, 4))}
+    >>> sorted(pack(found))[:3]
+    ['a.b.U', 'a.b.V', 'a.b.about']
+    >>> list(unpack(pack(found)))
+    ['a.b', 'c']
+    """
+    return {
+        f"{name}.{part}": tensor
+        for name, c in found.items()
+        for part, tensor in c.to_tensors().items()
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Candidates]:
+    """The inverse of :func:`pack`, to the last bit.
+
+    Layers are in the order of `tensors`, which a file does not keep: :func:`slr.methods.cap
+    .allocate` does not depend on it.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        name, _, part = full.rpartition(".")
+        parts.setdefault(name, {})[part] = tensor
+    return {name: Candidates.from_tensors(part) for name, part in parts.items()}

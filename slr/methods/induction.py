@@ -6,9 +6,14 @@ The scales, where they are absorbed and what they share: :mod:`slr.methods.scale
 they can change is the mask (and a repair).  Wanda's mask they cannot: column j has the score
 \\|W_ij s_j\\| ‖X_j / s_j‖, the unscaled one, if norms are taken after scaling, and a row's scale is
 common to all that it compares.  SparseGPT's score is invariant to columns but for its damping; for
-a fraction, not for n:m, it compares across rows, so to rows it is not.  Magnitude masks change, and
-so does every repair that weighs the entries of W alike.  With s_j = ‖X_j‖ magnitude *is* Wanda; to
-train s from there is to train a Wanda whose norms were taken before the scaling.
+a fraction, not for n:m, it compares across rows.  Magnitude masks change, and so does every repair
+that weighs the entries of W alike.  With s_j = ‖X_j‖ magnitude *is* Wanda; to train s from there is
+to train a Wanda whose norms were taken before the scaling.
+
+**Where it does harm.**  A pruner that compares rows (SparseGPT for a fraction, a group of
+``"matrix"``) takes the rows of up and v that were divided for unimportant: SparseGPT at 50% then
+nearly doubles the embedded model's perplexity.  Keep those scales 1: ``fixed=ROWS``,
+or :meth:`Induction.before`.
 
 **What public text leaves open, and our choice.**  *Start*: s_j = ‖X_j‖^α.  *Gradient*: of magnitude
 masks; hard going forward, a sigmoid of log₂(score / threshold) going back, the threshold
@@ -20,15 +25,13 @@ of the dense model, a pipeline that prunes block by block those that the pruned 
 make.  *Which epoch*: the best, the start included.
 
 Source: *Sparsity Induction for Accurate Post-Training Pruning of Large Language Models*, 2026
-(arXiv 2602.21652).  Book: part IV.
+(arXiv 2602.21652).  Book: chapter 14.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,64 +41,17 @@ from tqdm import tqdm
 from slr import ranks
 from slr.calibrate import BlockInputs, decoder_blocks, first_inputs
 from slr.methods.induction_loss import BlockLoss, starting_scales
-from slr.methods.scales import Scales, absorb, dense_linears
+from slr.methods.induction_options import Induction, check_pattern
+from slr.methods.scales import ROWS, Scales, absorb
 from slr.patterns import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Induction", "Scales", "Trained", "absorb", "induce", "induce_block", "train_scales"]
-
-
-@dataclass(frozen=True)
-class Induction:
-    """How to train scales.
-
-    Args:
-        pattern: that the block is to be pruned to, ``"2:4"`` or ``"0.5"``.
-        group: ``"row"`` or ``"matrix"``, for a fraction.
-        start: α of the start s_j = ‖X_j‖^α, 0 ≤ α ≤ 1: 0 scales nothing, 1 makes magnitude Wanda.
-        output: weight of the output loss; 0 trains on the spectral loss alone.
-        spectral: λ, weight of the spectral loss.
-        epochs: passes over the calibration windows; 0 keeps the start.
-        rate: of Adam, falling linearly to 0; about the change of log₂ s in a step.
-        temperature: of the sigmoid, in powers of 2 of score over threshold.
-        powers_of_two: round the scales found, so that they are absorbed without rounding.
-
-    Raises:
-        ValueError: an option out of range.
-
-    >>> Induction(start=2)
-    Traceback (most recent call last):
-    ValueError: start is 2; it must be from 0 to 1
-    """
-
-    pattern: str = "2:4"
-    group: str = "row"
-    start: float = 1.0
-    output: float = 1.0
-    spectral: float = 0.1
-    epochs: int = 3
-    rate: float = 0.01
-    temperature: float = 0.3
-    powers_of_two: bool = False
-
-    def __post_init__(self) -> None:
-        parse(self.pattern, self.group)
-        if not 0 <= self.start <= 1:
-            raise ValueError(f"start is {self.start}; it must be from 0 to 1")
-        for name in ("output", "spectral", "epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.epochs and not self.output and not self.spectral:
-            raise ValueError("output and spectral are both 0; there is nothing to train on")
-
-    def weighed(self, losses: tuple[float, float]) -> float:
-        """Sum of output and spectral loss by their weights."""
-        return self.output * losses[0] + self.spectral * losses[1]
+__all__ = [
+    "ROWS", "Induction", "Scales", "Trained", "absorb", "check_pattern", "induce", "induce_block",
+    "train_scales",
+]  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -138,7 +94,7 @@ def train_scales(
     """
     options = options or Induction()
     pattern = parse(options.pattern, options.group)
-    scales, grams = starting_scales(block, inputs, index, options.start)
+    scales, grams = starting_scales(block, inputs, index, options.start, options.fixed)
     losses = BlockLoss(block, inputs, index, grams, pattern, options.temperature)
     best, trace = scales.centred(), [losses.whole(scales)]
     try:
@@ -162,9 +118,9 @@ def _epochs(losses: BlockLoss, scales: Scales, options: Induction) -> Iterator[S
     Raises:
         FloatingPointError: a loss, or its gradient, that is not finite.
     """
-    moving = list(scales.logs().values())
+    moving = [log for name, log in scales.logs().items() if name not in options.fixed]
     groups: list[dict[str, Any]] = [{"params": moving, "lr": options.rate}]
-    if scales.shift is not None:  # has the unit of v
+    if scales.shift is not None and "shift" not in options.fixed:  # has the unit of v
         unit = float(losses.grams["value"].diagonal().mean().sqrt())
         groups.append({"params": [scales.shift], "lr": options.rate * unit})
         moving = [*moving, scales.shift]
@@ -271,21 +227,3 @@ def induce(
         found.append(induce_block(block, index, inputs, options))
         inputs.run(index, block, keep=True)
     return found
-
-
-def check_pattern(block: nn.Module, options: Induction) -> None:
-    """Raise ValueError unless `block` can be scaled and its linears pruned to the pattern.
-
-    Cost: none; the weights need not be there.
-
-    >>> import slr
-    >>> check_pattern(slr.load("tiny").model.layers[0], Induction("1:5"))
-    Traceback (most recent call last):
-    ValueError: pattern 1:5 does not divide the 256 inputs of self_attn.q_proj
-    """
-    pattern = parse(options.pattern, options.group)
-    for name, layer in dense_linears(block).items():
-        if layer.in_features % getattr(pattern, "m", 1):
-            raise ValueError(
-                f"pattern {pattern} does not divide the {layer.in_features} inputs of {name}"
-            )

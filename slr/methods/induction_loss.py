@@ -3,12 +3,13 @@
 Scales cancel within a pruned block, so its output under given scales is that of the unscaled block
 under the mask of the scaled magnitudes: only the mask has to be computed from the scales, and only
 through it do they have a gradient.  For :mod:`slr.methods.induction`, which says what is chosen.
-Book: part IV.
+Book: chapter 14.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,7 @@ POWER_STEPS = 3  # of the power iteration in a training step; ten times more at 
 
 @torch.no_grad()
 def starting_scales(
-    block: nn.Module, inputs: BlockInputs, index: int, power: float
+    block: nn.Module, inputs: BlockInputs, index: int, power: float, fixed: Sequence[str] = ()
 ) -> tuple[Scales, dict[str, Tensor]]:
     """The scales ‖X_j‖^power, and the Gram matrix of each of the four inputs that are scaled.
 
@@ -44,6 +45,7 @@ def starting_scales(
         inputs: of this block.
         index: its number in the model.
         power: 0 for all scales 1; 1 for scaled inputs that are all equally loud.
+        fixed: names of scales that stay 1.
 
     Raises:
         ValueError: an input that is not finite, or all zero.
@@ -66,7 +68,8 @@ def starting_scales(
             raise ValueError(f"inputs of {READER[name]} are all zero; there is nothing to scale by")
         # A dead channel has no norm; its scale must be something.
         heard = energy.clamp_min(4.0**-LARGEST * float(energy.max()))
-        logs[name] = power / 2 * heard.log2()
+        if name not in fixed:
+            logs[name] = power / 2 * heard.log2()
     return replace(Scales.ones(block), **logs).centred(), grams
 
 

@@ -136,8 +136,8 @@ def train(
     share: float = 0.5,
     batch: int = 4,
     lr: float = 1e-3,
-    warmup: float = 0.1,
-    cooldown: float = 1 / 3,
+    warmup: float = 0.05,
+    cooldown: float = 0.65,
     beta2: float | None = None,
     teacher: nn.Module | None = None,
     dtype: torch.dtype | None = None,
@@ -153,7 +153,8 @@ def train(
             ``"losparse"`` only.
         batch: windows in a step.
         lr, teacher, dtype: as for :func:`fit`.
-        warmup, cooldown: shares of the steps, before pruning begins and after it ends.
+        warmup, cooldown: shares of the steps, before pruning begins and after it ends.  In a short
+            training it is better to prune early, and to have time to settle.
         beta2: as for :class:`~slr.methods.losparse.Pruner`.
 
     Returns:

@@ -31,7 +31,7 @@ so that w over s would be rounded in units of 1; Phi-3 fuses q, k, v and gate, u
 :mod:`slr.methods.induction` finds scales under which a block prunes better.
 
 Source: the equivalent transformations of SmoothQuant (Xiao et al. 2023) and of *Sparsity Induction
-for Accurate Post-Training Pruning of Large Language Models*, 2026.  Book: part IV.
+for Accurate Post-Training Pruning of Large Language Models*, 2026.  Book: chapter 14.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from slr.checks import check_finite
 __all__ = [
     "LARGEST",
     "MODELS",
+    "PLACES",
+    "ROWS",
     "Scales",
     "absorb",
     "dense_linears",
@@ -57,6 +59,8 @@ __all__ = [
 ]
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks are as the table says
+PLACES = ("attention", "mlp", "hidden", "value", "rotary", "shift")
+ROWS = ("hidden", "value", "rotary")  # those that change rows
 LARGEST = 10.0  # |log₂ s|, about its mean: beyond it float16 has no room
 LINEARS = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(
     f"mlp.{x}_proj" for x in ("gate", "up", "down")
