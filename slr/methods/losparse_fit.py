@@ -135,7 +135,7 @@ def train(
     mode: str = "losparse",
     share: float = 0.5,
     batch: int = 4,
-    lr: float = 1e-3,
+    lr: float = 5e-4,
     warmup: float = 0.05,
     cooldown: float = 0.65,
     beta2: float | None = None,
