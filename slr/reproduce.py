@@ -209,6 +209,8 @@ def _there(file: Path, what: dict) -> bool:
     if not file.is_file():
         return False
     before, now = json.loads(file.read_text(encoding="utf-8"))["what"], json.loads(json.dumps(what))
+    if before.get("recipe"):  # options that came later are as if not given
+        before["recipe"] = {**Recipe().as_dict(), **before["recipe"]}
     for name in now:
         if before.get(name) != now[name]:
             raise ValueError(

@@ -124,6 +124,20 @@ def test_a_cell_that_was_measured_differently_is_refused(spec, tmp_path):
     assert reproduce.reproduce(other, out, fresh=True, **part) != before
 
 
+def test_a_cell_from_before_an_option_is_still_the_cell(spec, tmp_path):
+    part = {"rows": ["magnitude/pruned"], "columns": ["0.5"]}
+    reproduce.reproduce(spec, tmp_path, **part)
+    file = next(tmp_path.glob("*/*.json"))
+    told = json.loads(file.read_text())
+    del told["what"]["recipe"]["prepare"]
+    file.write_text(json.dumps({**told, "perplexity": 1.0}))
+    assert reproduce.reproduce(spec, tmp_path, **part)["magnitude/pruned"]["0.5"] == 1.0
+    told["what"]["recipe"]["prune"] = "random"
+    file.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="measured with another recipe"):
+        reproduce.reproduce(spec, tmp_path, **part)
+
+
 def test_the_same_table_for_another_model(spec, small, tmp_path):
     found = reproduce.reproduce(spec, tmp_path / "a", model="tiny", rows=["dense"])
     windows = slr.data.windows(slr.data.corpus("validation"), slr.load_tokenizer("tiny"), 48, 3)
