@@ -109,19 +109,24 @@ class Record:
         return next((r for r in self.rows if all(r[k] == v for k, v in given.items())), None)
 
     def add(self, row: dict) -> dict:
+        """Put a cell in place of what another run, or one with other settings, has measured."""
         print(json.dumps({k: v for k, v in row.items() if k != "loss"}), flush=True)
-        if self.out is None:
-            self.rows.append(row)
-            return row
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.write(row)
+        return row
+
+    def write(self, *new: dict) -> None:
+        """Read what other runs have written since, add, and write."""
         with open(__file__) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.read()
-            # In place of what another run, or one with other settings, has measured.
-            keys = KEYS if "perplexity, tuning" in row else ("mode", "remaining asked")
-            kind = list(row)[-1]
-            same = [r for r in self.rows if kind in r and all(r[k] == row[k] for k in keys)]
-            self.rows = [r for r in self.rows if r not in same] + [row]
+            for row in new:
+                keys = KEYS if "perplexity, tuning" in row else ("mode", "remaining asked")
+                kind = list(row)[-1]
+                same = [r for r in self.rows if kind in r and all(r[k] == row[k] for k in keys)]
+                self.rows = [r for r in self.rows if r not in same] + [row]
+            if self.out is None:
+                return
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             order = sorted(self.rows, key=lambda r: (-r["remaining asked"], r["mode"], r["lr"]))
             parts = {
                 "tuning": [r for r in order if "perplexity, tuning" in r],
@@ -130,7 +135,6 @@ class Record:
             part = self.out.with_suffix(".part")
             part.write_text(json.dumps({**self.about, **parts}, indent=1) + "\n", encoding="utf-8")
             part.rename(self.out)
-        return row
 
 
 def main() -> None:
@@ -182,6 +186,7 @@ def main() -> None:
     for mode in args.modes:
         for ratio in args.ratios if mode != "dense" else [1.0]:
             final.append(measured("reported", args.steps, mode, ratio, **tuned(mode, ratio)))
+    record.write()
     print(f"dense, as it is: {untrained:.3f}")
     for row in final:
         if row["mode"] == "dense":

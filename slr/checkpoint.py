@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from slr import accounting, plugin
+from slr.linear import SLRLinear
 from slr.stream import INDEX, Stream, TensorFiles, read_json
 
 if TYPE_CHECKING:
@@ -127,12 +128,16 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    model: str | Path, dtype: torch.dtype | None = None, *, cache: bool = False
+) -> PreTrainedModel:
     """Load a checkpoint, dense or compressed: ``AutoModelForCausalLM.from_pretrained``, checked.
 
     Args:
         model: as for :func:`resolve`.
         dtype: of the weights; as stored when ``None``.
+        cache: whether compressed layers also hold their sparse part unpacked, which is faster for
+            few tokens on a CPU and takes the memory of the dense model and more.
 
     Returns:
         The model in evaluation mode on the CPU; compressed layers are
@@ -164,6 +169,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel
     wrong = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
     if wrong:
         raise ValueError(f"folder {folder} does not fit its configuration: {wrong[0]}, …")
+    for layer in loaded.modules() if cache else ():
+        if isinstance(layer, SLRLinear):
+            layer.cache_()
     return loaded.eval()
 
 

@@ -31,8 +31,6 @@ class Recipe:
 
     Args:
         prune: pruning method, see :data:`slr.prune.METHODS`.
-        prepare: ``"induction"`` first rescales each block so that it prunes better
-            (:mod:`slr.methods.induction`), or ``"none"``.
         pattern: ``"2:4"``, or a fraction to prune such as ``"0.5"``.
         group: ``"row"`` or ``"matrix"``, for a fraction.
         refine: repair: Algorithm 1 on the ``"weights"`` (the paper, data-free), on weights
@@ -44,6 +42,8 @@ class Recipe:
         iterations: of the refinement.
         schedule: of the refinement, ``"paper"`` or ``"accelerated"``.
         update_mask: with ``refine="activations"``: choose the mask anew while refining.
+        prepare: ``"induction"`` first rescales each block so that it prunes better
+            (:mod:`slr.methods.induction`), or ``"none"``.
         samples: calibration windows, for methods that look at data.
         seqlen: tokens in each; the model's longest context, 2048 at most, when ``None``.
         seed: for random masks and the solver's start.
@@ -65,7 +65,6 @@ class Recipe:
     """
 
     prune: str = "wanda"
-    prepare: str = "none"
     pattern: str = "2:4"
     group: str = "row"
     refine: str = "weights"
@@ -74,6 +73,7 @@ class Recipe:
     iterations: int = 50
     schedule: str = "paper"
     update_mask: bool = False
+    prepare: str = "none"
     samples: int = 128
     seqlen: int | None = None
     seed: int = 0

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import slr
 from slr.cli import app
-from slr.methods.cap import Pool, allocate, excess_loss, place
-from slr.methods.cap_candidates import Candidates, candidates, pack, propose, unpack
+from slr.methods.cap import Pool, allocate, excess_loss, pack, place, propose, unpack
+from slr.methods.cap_candidates import Candidates, candidates
 from slr.methods.cap_policy import Policy, choose, learn, project, soften
 from slr.stream import Stream
 

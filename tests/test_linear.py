@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 import slr
+from slr import packing
 from slr.packing import pack_mask
 
 W = realistic(12, 8)
@@ -59,7 +60,8 @@ def test_any_shape_equals_the_dense_product(m, quarters, rank, tokens, pattern, 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_several_blocks_of_rows(pattern, dtype):
+def test_several_blocks_of_rows(pattern, dtype, monkeypatch):
+    monkeypatch.setitem(packing.BLOCK, "cpu", 1 << 18)  # five blocks, the last one smaller
     layer = layer_of(400, 3000, 3, pattern, dtype=dtype)
     x = torch.randn(5, 3000).to(dtype)
     S = layer.weight
@@ -119,7 +121,8 @@ def test_the_cache_does_not_go_stale():
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 @pytest.mark.parametrize("shape", [(12, 8), (400, 3000)])
-def test_gradients_are_those_of_the_dense_product(pattern, shape):
+def test_gradients_are_those_of_the_dense_product(pattern, shape, monkeypatch):
+    monkeypatch.setitem(packing.BLOCK, "cpu", 1 << 18)
     m, n = shape
     layer = layer_of(m, n, 3, pattern).double()
     x = torch.randn(4, n, dtype=torch.float64, requires_grad=True)

@@ -369,6 +369,19 @@ def test_a_checkpoint_goes_straight_to_the_packed_layer(small, tmp_path):
     )
 
 
+def test_a_dense_copy_is_loaded_on_request(small, tmp_path):
+    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", pattern="2:4", iterations=2))
+    packed, cached = slr.load(tmp_path / "a"), slr.load(tmp_path / "a", cache=True)
+    ids = torch.randint(4096, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(packed(ids).logits, cached(ids).logits)
+    for layer, other in zip(packed.modules(), cached.modules(), strict=True):
+        if isinstance(layer, slr.SLRLinear):
+            assert layer.cached is None
+            assert torch.equal(other.cached, layer.weight)
+    assert set(packed.state_dict()) == set(cached.state_dict())
+
+
 def test_machine_is_looked_up():
     assert backends.machine(torch.device("cpu")).device == "cpu"
     assert backends.machine(torch.device("cpu")).capability is None

@@ -1,10 +1,11 @@
 """CAP: compression with global rank and sparsity optimisation (ICLR 2026).
 
-Stage 1 (:mod:`slr.methods.cap_candidates`): robust PCA of every matrix gives singular triplets
-and sparse entries as candidates.  Stage 2 (:mod:`slr.methods.cap_policy`): one Bernoulli policy
-over the candidates of all matrices is learned under a budget of parameters for the whole model,
-from forward passes alone; the most probable are kept, as S and B = U√Σ, A = √ΣVᵀ.  Two choices
-from the same candidates that look at no data are there to compare with.
+Stage 1 (:mod:`slr.methods.cap_candidates`, :mod:`slr.methods.cap_pool`): robust PCA of every
+matrix gives singular triplets and sparse entries as candidates.  Stage 2
+(:mod:`slr.methods.cap_policy`): one Bernoulli policy over the candidates of all matrices is learned
+under a budget of parameters for the whole model, from forward passes alone; the most probable are
+kept, as S and B = U√Σ, A = √ΣVᵀ.  Two choices from the same candidates that look at no data are
+there to compare with.
 
 What the public text leaves open, and what is chosen here:
 
@@ -16,9 +17,9 @@ What the public text leaves open, and what is chosen here:
 - the entries' values: those of robust PCA.  ``refit=True`` goes beyond the paper: kept entries
   are W - B A, which costs no parameter and is exact there.
 
-On trained matrices the candidates of the paper's λ are poor, see ``cap_candidates``: a magnitude
-mask of the same size does better than any choice among them.  ``refit=True`` and a smaller
-``balance_ratio`` mend that.
+On the embedded model the candidates of the paper's λ are poor, see ``cap_candidates``: a magnitude
+mask of the same size did better than every choice that was tried (``benchmarks/cap.py``).
+``refit=True`` and a smaller ``balance_ratio`` mend most of that.
 
 Book: part IV.
 """
@@ -27,7 +28,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +37,9 @@ from slr import plugin
 from slr.evaluate import check_vocabulary
 from slr.layers import LayerReport
 from slr.linear import SLRLinear
-from slr.methods.cap_candidates import Candidates, block_candidates, candidates, propose
+from slr.methods.cap_candidates import Candidates, candidates
 from slr.methods.cap_policy import Policy, choose, learn, project, soften
+from slr.methods.cap_pool import Pool, block_candidates, pack, propose, unpack
 from slr.refine import Refined
 
 if TYPE_CHECKING:
@@ -46,88 +47,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS", "Candidates", "Policy", "Pool", "allocate", "block_candidates", "candidates",
-    "choose", "excess_loss", "place", "project", "propose",
+    "choose", "excess_loss", "pack", "place", "project", "propose", "unpack",
 ]  # fmt: skip
 
 METHODS = ("learned", "uniform", "greedy")
 WORSE = 0.05  # nats a token: more than a few batches may differ by
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The candidates of all matrices of a model as one list.
-
-    Args:
-        found: candidates by the name of their layer.
-
-    Raises:
-        ValueError: no candidates.
-
-    >>> pool = Pool({"a": candidates(torch.eye(4), share=1), "b": candidates(torch.ones(4, 4))})
-    >>> pool.parameters
-    32
-    """
-
-    found: Mapping[str, Candidates]
-
-    def __post_init__(self) -> None:
-        if not self.found:
-            raise ValueError("found holds no candidates; give those of one layer at least")
-
-    @property
-    def parameters(self) -> int:
-        """Of the dense matrices."""
-        return sum(c.shape[0] * c.shape[1] for c in self.found.values())
-
-    @property
-    def fixed(self) -> int:
-        """Parameters kept in any case: those of n:m parts."""
-        return sum(c.fixed for c in self.found.values())
-
-    @property
-    def costs(self) -> Tensor:
-        """int64 (p,)."""
-        return torch.cat([c.costs for c in self.found.values()])
-
-    @property
-    def units(self) -> Tensor:
-        """int64 (p,)."""
-        return torch.cat([c.units for c in self.found.values()])
-
-    def budget(self, fraction: float) -> int:
-        """Parameters to spend on candidates for `fraction` of the dense parameters in all.
-
-        Raises:
-            ValueError: a fraction out of range, or one that the fixed parts exceed.
-        """
-        if not 0 < fraction <= 1:
-            raise ValueError(f"budget is {fraction}; it must be above 0 and at most 1")
-        rest = int(fraction * self.parameters) - self.fixed
-        if rest < 0:
-            least = self.fixed / self.parameters
-            raise ValueError(f"budget is {fraction}; the n:m parts alone take {least:.4g}")
-        return min(rest, int(self.costs.sum()))
-
-    def uniform(self) -> Tensor:
-        """Priority (p,) that keeps the same leading share of triplets and of entries everywhere."""
-        parts = []
-        for c in self.found.values():
-            for costs in (c.costs[: c.ranks].double(), c.costs[c.ranks :].double()):
-                parts.append(-(costs.cumsum(0) - costs / 2) / costs.sum())
-        return torch.cat(parts)
-
-    def greedy(self) -> Tensor:
-        """Priority (p,): squares of singular values, or of entries, for a parameter."""
-        return torch.cat([c.energy for c in self.found.values()]) / self.costs
-
-    def split(self, amounts: Tensor) -> dict[str, Tensor]:
-        """Amounts (p,) by layer."""
-        parts = amounts.split([len(c.units) for c in self.found.values()])
-        return dict(zip(self.found, parts, strict=True))
-
-    def finest(self) -> Pool:
-        """The same with a group for every triplet."""
-        return Pool({name: c._replace(share=1) for name, c in self.found.items()})
 
 
 @torch.no_grad()
@@ -205,7 +129,8 @@ def allocate(
         priority = policy.probabilities
         choices = [choose(p, pool.costs, pool.units, spend) for p in (start, priority)]
         if steps:
-            _check_gain(*(sum(loss(c, k) for k in range(window)) / window for c in choices), rate)
+            means = [sum(loss(c, k) for k in range(window)) / window for c in choices]
+            _check_gain(means[0], means[1], rate)
         if losses is not None:
             losses += policy.losses
     else:

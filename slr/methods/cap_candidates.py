@@ -22,22 +22,19 @@ Book: part IV.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slr.checks import check_matrix
-from slr.linear import SLRLinear
 from slr.lowrank import LowRank, truncated_svd
 from slr.patterns import NM, Pattern, parse
 from slr.pcp import pursue
 from slr.refine import Refined, Step
-from slr.stream import Stream, blocks_name, decoder_blocks
 
-__all__ = ["Candidates", "block_candidates", "candidates", "pack", "propose", "unpack"]
+__all__ = ["Candidates", "candidates"]
 
 NEGLIGIBLE = 1e-4  # of the largest singular value: what an L that has nearly converged has left
 
@@ -250,94 +247,3 @@ def candidates(
     places = places[allowed[places]]
     m, n = weight.shape
     return Candidates(low, places, flat[places], (m, n), share, chosen)
-
-
-def propose(source: nn.Module | Stream, **options) -> Iterator[tuple[str, Candidates]]:
-    """Candidates of every linear layer of every decoder block, one after the other.
-
-    Args:
-        source: a loaded dense model, or a streamed checkpoint, of which one block at a time is in
-            memory; a caller who puts each result on disk never holds more.
-        options: as for :func:`candidates`.
-
-    Yields:
-        Full name of a layer, and its candidates.
-
-    Raises:
-        ValueError: a model that is compressed already, or has no linear layers in decoder blocks;
-            as :func:`candidates`, with the name.
-
-    Warns:
-        RuntimeWarning: as :func:`candidates`, with the name.
-
-    Cost: a :func:`candidates` each; a result holds about three times the memory of its matrix.
-    """
-    model = source.model if isinstance(source, Stream) else source
-    prefix, blocks = blocks_name(model), decoder_blocks(model)
-    kinds = {type(module) for module in blocks.modules()}
-    if SLRLinear in kinds:
-        raise ValueError("the model is compressed already; give its dense source")
-    if nn.Linear not in kinds:
-        raise ValueError(f"{type(model).__name__} has no linear layers in its decoder blocks")
-    for index, block in enumerate(blocks):
-        name = f"{prefix}.{index}"
-        if isinstance(source, Stream):
-            source.fill(name, block)
-        yield from block_candidates(name, block, **options)
-        if isinstance(source, Stream):
-            source.empty(block)
-
-
-def block_candidates(name: str, block: nn.Module, **options) -> Iterator[tuple[str, Candidates]]:
-    """Candidates of every linear layer of one decoder block, as :func:`propose` makes them.
-
-    Args:
-        name: of the block in its model.
-        block: its weights are there.
-        options: as for :func:`candidates`.
-    """
-    for inner, layer in block.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        full = f"{name}.{inner}"
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            try:
-                found = candidates(layer.weight.data, **options)
-            except ValueError as error:
-                raise ValueError(f"{full}: {error}") from None
-        for warning in told:
-            warnings.warn(f"{full}: {warning.message}", warning.category, stacklevel=2)
-        yield full, found
-
-
-def pack(found: Mapping[str, Candidates]) -> dict[str, Tensor]:
-    """Candidates of some layers, those of a block for example, as tensors for one file.
-
-    >>> found = {"a.b": candidates(torch.eye(4)), "c": candidates(torch.ones(2, 4))}
-    >>> sorted(pack(found))[:3]
-    ['a.b.U', 'a.b.V', 'a.b.about']
-    >>> list(unpack(pack(found)))
-    ['a.b', 'c']
-    """
-    return {
-        f"{name}.{part}": tensor
-        for name, c in found.items()
-        for part, tensor in c.to_tensors().items()
-    }
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Candidates]:
-    """The inverse of :func:`pack`, to the last bit.
-
-    Layers are in the order of `tensors`, which a file does not keep: :func:`slr.methods.cap
-    .allocate` does not depend on it.
-
-    Raises:
-        ValueError: a tensor is missing.
-    """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, _, part = full.rpartition(".")
-        parts.setdefault(name, {})[part] = tensor
-    return {name: Candidates.from_tensors(part) for name, part in parts.items()}
