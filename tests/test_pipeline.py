@@ -467,10 +467,10 @@ def test_an_error_on_one_rank_stops_all(small, tmp_path):
 import sys, slr
 from slr import layers as module, ranks
 real = module.compress_layer
-def broken(*args):
+def broken(*args, **options):
     if ranks.rank() == 1:
         raise RuntimeError("rank 1 is broken")
-    return real(*args)
+    return real(*args, **options)
 module.compress_layer = broken
 slr.compress(sys.argv[1], sys.argv[2], slr.Recipe(prune="magnitude", iterations=2))
 """

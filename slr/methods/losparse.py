@@ -37,7 +37,7 @@ What the public text leaves open, or its code does otherwise, and what is done h
 Gradients must be whole on each process: DDP is fine, sharded training (FSDP, ZeRO-3) is not.
 
 Source: Li et al. 2023, "LoSparse" (ICML); uncertainty: Zhang et al. 2022, "PLATON".
-Book: part IV.
+Book: chapter 12.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Learning from the dense model while LoSparse prunes.
 
-Book: part IV.
+Book: chapter 12.
 """
 
 from __future__ import annotations

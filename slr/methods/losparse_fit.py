@@ -1,7 +1,7 @@
 """A short training loop for what :mod:`slr.methods.losparse` converts, and the dense model alike.
 
 For trainings of minutes, without files; longer ones take ``transformers.Trainer`` and
-:func:`slr.methods.losparse.callback`.  Book: part IV.
+:func:`slr.methods.losparse.callback`.  Book: chapter 12.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pruner of LoSparse: which rows of S stay, and when the others go.
 
-Explained in :mod:`slr.methods.losparse`.  Book: part IV.
+Explained in :mod:`slr.methods.losparse`.  Book: chapter 12.
 """
 
 from __future__ import annotations
