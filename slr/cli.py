@@ -408,9 +408,7 @@ def reproduce_(
     print(reproduce.as_text(measured, known, columns.split(",") if columns else spec.columns))
 
 
-@app.command(
-    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @_one_line_errors
 def bench(
     context: typer.Context,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slr.journal import Journal
+    from slr.methods.induction_options import Induction
 
 __all__ = [
     "about",
@@ -81,7 +83,22 @@ def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict
     for given in (*recipe.skip, *recipe.overrides):
         if not fnmatch.filter(names, given):
             raise ValueError(f"{given!r} in the recipe fits no layer; {names[0]!r} is one")
+    if recipe.prepare == "induction":
+        from slr.methods.induction_options import check_pattern
+
+        if ranks.world() > 1:
+            raise ValueError(f"prepare='induction' works in one process, not in {ranks.world()}")
+        for block in decoder_blocks(model):
+            check_pattern(block, _induction(recipe))
     return plan
+
+
+def _induction(recipe: Recipe) -> Induction:
+    """Options that suit the pruner; if any layer's compares rows, no row is scaled."""
+    from slr.methods.induction_options import Induction
+
+    each = [Induction.before(r.prune, r.pattern, r.group) for r in recipe.variants()]
+    return replace(each[0], fixed=max((options.fixed for options in each), key=len))
 
 
 def prepare_block(block: nn.Module, index: int, recipe: Recipe, inputs: BlockInputs | None) -> None:
@@ -94,9 +111,9 @@ def prepare_block(block: nn.Module, index: int, recipe: Recipe, inputs: BlockInp
         inputs: of this block, for a recipe that needs data.
     """
     if recipe.prepare == "induction" and inputs is not None:
-        from slr.methods.induction import Induction, induce_block
+        from slr.methods.induction import induce_block
 
-        induce_block(block, index, inputs, Induction(recipe.pattern, recipe.group))
+        induce_block(block, index, inputs, _induction(recipe))
 
 
 @torch.no_grad()

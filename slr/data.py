@@ -127,7 +127,7 @@ def load_text(source: str, split: str = "validation") -> str:
         return corpus(split)
     if source == "wikitext2":
         part = "test" if split == "validation" else "train"
-        rows = _dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+        rows = hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
         return "\n\n".join(row["text"] for row in rows)
     path = Path(source)
     if not path.is_file():
@@ -138,7 +138,12 @@ def load_text(source: str, split: str = "validation") -> str:
         raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
 
 
-def _dataset(*args, **options):
+def hub_dataset(*args, **options):
+    """``datasets.load_dataset``, whose failures become one line that says what to do.
+
+    Raises:
+        RuntimeError: the package is missing, or the data set cannot be had.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
@@ -178,7 +183,7 @@ def calibration(source: str, tokenizer, seqlen: int, samples: int, seed: int = 0
     if source != "c4":
         found = windows(load_text(source, "calibration"), tokenizer, seqlen, samples)
     else:
-        rows = _dataset("allenai/c4", "en", split="train", streaming=True)
+        rows = hub_dataset("allenai/c4", "en", split="train", streaming=True)
         draw, chosen = random.Random(seed), []
         for row in rows.shuffle(seed=seed, buffer_size=10_000):
             ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]

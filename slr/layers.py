@@ -38,7 +38,7 @@ class LayerReport(NamedTuple):
 
     name: str
     shape: tuple[int, int]
-    pattern: str
+    pattern: str | None
     rank: int
     kept: int
     bias: bool

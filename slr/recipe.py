@@ -136,10 +136,14 @@ class Recipe:
             options = {"rank": None, **options}
         return replace(self, skip=(), overrides={}, **options)
 
+    def variants(self) -> list[Recipe]:
+        """The recipe, and what each override makes of it."""
+        return [self, *(self._with(options) for options in self.overrides.values())]
+
     @property
     def statistic(self) -> type[NormStatistic] | type[GramStatistic] | None:
         """What has to be known of each layer's inputs; ``None`` for a data-free recipe."""
-        each = [self, *(self._with(options) for options in self.overrides.values())]
+        each = self.variants()
         if any(r.prune == "sparsegpt" or r.refine in ("activations", "eora") for r in each):
             return GramStatistic
         if any(r.prune == "wanda" or r.refine == "diagonal" for r in each):

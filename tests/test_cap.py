@@ -233,6 +233,15 @@ def test_a_smaller_balance_leaves_less_to_low_rank():
     assert ranks[0] > ranks[1] > ranks[2] == 0
 
 
+def test_greedy_weighs_squares_by_parameters():
+    found = {n: candidates(realistic(m, 20, m), share=1) for n, m in (("a", 24), ("b", 48))}
+    pool = Pool(found)
+    for name, priority in pool.split(pool.greedy()).items():
+        c, size = found[name], sum(found[name].shape)
+        entries = torch.stack([part.double().square().mean() for part in c.values.split(size)])
+        assert torch.allclose(priority, torch.cat([c.low.s.double().square() / size, entries]))
+
+
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_candidates_come_back_from_a_file_to_the_last_bit(pattern, tmp_path):
     W = realistic(48, 40).bfloat16()

@@ -98,7 +98,7 @@ def test_c4_windows_are_of_long_documents_and_follow_the_seed(tokenizer, monkeyp
         assert (name, part, split, streaming) == ("allenai/c4", "en", "train", True)
         return rows
 
-    monkeypatch.setattr("slr.data._dataset", dataset)
+    monkeypatch.setattr("slr.data.hub_dataset", dataset)
     found = calibration("c4", tokenizer, 128, 7, seed=3)
     assert found.shape == (7, 128)
     assert torch.equal(found, calibration("c4", tokenizer, 128, 7, seed=3))
@@ -117,7 +117,7 @@ def test_wikitext_is_joined_as_everybody_does(monkeypatch):
         seen.append((name, part, split))
         return [{"text": " = A = \n"}, {"text": ""}, {"text": "words"}]
 
-    monkeypatch.setattr("slr.data._dataset", dataset)
+    monkeypatch.setattr("slr.data.hub_dataset", dataset)
     assert load_text("wikitext2") == " = A = \n\n\n\n\nwords"
     load_text("wikitext2", "calibration")
     assert [s[2] for s in seen] == ["test", "train"]

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-MEASURED = Path(__file__).parent.parent / "results" / "measured"
-FILES = sorted(MEASURED.rglob("*.json"))
+RESULTS = Path(__file__).parent.parent / "results"
+MEASURED = RESULTS / "measured"
+FILES = [
+    f for f in sorted(RESULTS.glob("*/**/*.json")) if f.parts[-2] not in ("published", "specs")
+]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(MEASURED).as_posix())
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(RESULTS).as_posix())
 def test_every_measurement_has_a_command_a_date_and_versions(file):
     found = json.loads(file.read_text(encoding="utf-8"))
     if "what" in found:  # a cell of `slr reproduce`
@@ -61,3 +64,39 @@ def test_refining_the_outputs_has_the_lowest_perplexity_in_every_mask_and_patter
     for key, cell in cells.items():
         for other in ("pruned", "SVD", "EoRA", "refined", "diagonal"):
             assert cell["Gram, mask updated"] < cell["Gram"] < cell[other], (key, other)
+
+
+def rows(name):
+    return json.loads((MEASURED / "tiny" / f"{name}.json").read_text())["rows"]
+
+
+def test_losparse_is_below_both_of_its_halves_at_every_ratio():
+    found = {(r["mode"], r["remaining asked"]): r for r in rows("losparse")}
+    ratios = {ratio for mode, ratio in found if mode == "losparse"}
+    assert ratios == {0.5, 0.3, 0.2, 0.1}
+    for ratio in ratios:
+        mine = found["losparse", ratio]
+        assert mine["remaining"] <= ratio
+        for other in ("itp", "lowrank"):
+            theirs = found[other, ratio]
+            assert mine["perplexity, reported"] < theirs["perplexity, reported"]
+
+
+@pytest.mark.parametrize("name", ["cap", "cap-refit"])
+def test_what_cap_learned_is_below_uniform_for_every_seed(name):
+    found = rows(name)
+    uniform = next(r for r in found if r["choice"] == "uniform")
+    learned = [r for r in found if r["choice"] == "learned"]
+    assert {r["seed"] for r in learned} == {0, 1, 2}
+    for row in learned:
+        assert row["loss"] < uniform["loss"]
+        assert row["parameters"] == uniform["parameters"]
+
+
+def test_induction_helps_magnitude_and_cannot_change_wanda():
+    found = {(r["pattern"], r["scales"]): r for r in rows("induction")}
+    assert len({round(r["dense"], 3) for r in found.values()}) == 1
+    for pattern in ("0.5", "2:4"):
+        before, after = found[pattern, "none"], found[pattern, "both, start 1"]
+        assert after["magnitude/none"] < before["magnitude/none"]
+        assert after["wanda/none"] == pytest.approx(before["wanda/none"], rel=1e-3)

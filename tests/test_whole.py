@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pipeline import hashes
+from test_pipeline import family, hashes
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -112,6 +113,42 @@ def test_induction_is_stored_and_resumed_with_its_block(small, tmp_path, monkeyp
     assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
     with pytest.raises(ValueError, match="needs calibration windows"):
         slr.compress_model(slr.load(small), recipe)
+
+
+def test_induction_scales_no_rows_before_a_pruner_that_compares_them(small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "slr.methods.induction.induce_block",
+        lambda block, index, inputs, options: seen.append(options),
+    )
+    data = {"prepare": "induction", "refine": "none", "samples": 3, "seqlen": 32}
+    mixed = {"*.down_proj": {"prune": "magnitude", "group": "matrix"}}
+    for number, (recipe, scaled) in enumerate(
+        (
+            ({"prune": "magnitude", "pattern": "0.5"}, True),
+            ({"prune": "sparsegpt", "pattern": "2:4"}, True),
+            ({"prune": "sparsegpt", "pattern": "0.5"}, False),
+            ({"prune": "magnitude", "pattern": "0.5", "overrides": mixed}, False),
+        )
+    ):
+        seen.clear()
+        slr.compress(small, tmp_path / str(number), slr.Recipe(**data, **recipe))
+        assert len(seen) == 2
+        assert all(("value" not in options.fixed) == scaled for options in seen)
+        assert {options.pattern for options in seen} == {recipe["pattern"]}
+
+
+def test_induction_is_refused_before_anything_is_written(small, tmp_path, monkeypatch):
+    recipe = slr.Recipe(prepare="induction", prune="magnitude", samples=3, seqlen=32)
+    with monkeypatch.context() as patch:
+        patch.setattr("slr.ranks.world", lambda: 2)
+        with pytest.raises(ValueError, match="works in one process, not in 2"):
+            slr.compress(small, tmp_path / "out", recipe)
+    family("opt", tmp_path / "opt", True)
+    shutil.copy(small / "tokenizer.json", tmp_path / "opt")
+    with pytest.raises(ValueError, match="OPT"):
+        slr.compress(tmp_path / "opt", tmp_path / "out", recipe)
+    assert {path.name for path in tmp_path.iterdir()} == {"opt"}
 
 
 def run(*arguments):

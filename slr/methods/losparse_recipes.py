@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from slr.data import _dataset
+from slr.data import hub_dataset
 from slr.methods import losparse
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def load(folder: str | Path) -> nn.Module:
 def _rows(recipe: FineTuning, data: str | Path | None, split: str) -> Any:
     if data is None:
         name, configuration = recipe.data_path
-        return _dataset(name, configuration, split=split)
+        return hub_dataset(name, configuration, split=split)
     file = Path(data) / f"{'train' if split == 'train' else 'validation'}.jsonl"
     if not file.is_file():
         raise ValueError(f"there is no {file}")

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "compress_whole"]
 
 BATCH = 4  # windows in a step of training
+# Of CAP, what was best on the embedded model (chapter 13): candidates from a smaller λ than the
+# paper's, and kept entries W - B A.
+OPTIONS: dict[str, dict] = {"cap": {"balance_ratio": 0.6, "refit": True}, "losparse": {}}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def compress_whole(
     windows, told = checkpoint.calibration_windows(source, text, calibration)
     recipe = {
         "method": method, "refine": method, "budget": budget, "steps": steps, "seed": seed,
-        "samples": samples, "seqlen": windows.shape[1],
+        "samples": samples, "seqlen": windows.shape[1], **OPTIONS[method],
     }  # fmt: skip
     name = str(model)
     key = {
@@ -161,27 +164,22 @@ def _write(work: _Work, model: nn.Module, reports: list[LayerReport]) -> None:
 
 def _cap(work: _Work) -> tuple[nn.Module, list[LayerReport]]:
     """Candidates block by block, then the policy on the whole model."""
-    stream, journal, found = work.stream, work.journal, {}
+    stream, journal = work.stream, work.journal
+    found: dict[str, cap.Candidates] = {}
     blocks = range(len(stream.blocks))
     for index in tqdm(blocks, desc="candidates", unit="block", disable=not work.progress):
         file = f"candidates-{index + 1:05d}.safetensors"
         name, block = stream.block(index)
         if file not in journal:
             stream.fill(name, block)
-            made = dict(cap.block_candidates(name, block))
-            tensors = {f"{n}/{k}": v for n, c in made.items() for k, v in c.to_tensors().items()}
-            journal.add(file, tensors)
+            made = cap.block_candidates(name, block, balance_ratio=work.recipe["balance_ratio"])
+            journal.add(file, cap.pack(dict(made)))
             stream.empty(block)
-        tensors = load_file(journal.folder / file, device=str(stream.device))
-        for layer in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
-            own = f"{layer}/"
-            parts = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-            found[layer] = cap.Candidates.from_tensors(parts)
+        found |= cap.unpack(load_file(journal.folder / file, device=str(stream.device)))
     model = work.dense()
-    found = {name: found[name] for name, _ in model.named_modules() if name in found}
     reports = cap.allocate(
         model, work.windows, work.recipe["budget"], found=found, steps=work.recipe["steps"],
-        refit=True, generator=torch.Generator().manual_seed(work.recipe["seed"]),
+        refit=work.recipe["refit"], generator=torch.Generator().manual_seed(work.recipe["seed"]),
     )  # fmt: skip
     return model, reports
 
