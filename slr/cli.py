@@ -102,6 +102,9 @@ def compress(
     ] = None,
     iterations: Annotated[int, typer.Option(help="of the refinement")] = 50,
     schedule: Annotated[str, typer.Option(help=" | ".join(SCHEDULES))] = "paper",
+    tolerance: Annotated[
+        float, typer.Option(help="stop refining when an iteration gains less, as 0.001")
+    ] = 0.0,
     update_mask: Annotated[
         bool, typer.Option(help="with --refine activations: choose the mask anew")
     ] = False,
@@ -129,7 +132,7 @@ def compress(
     recipe = Recipe(
         prune=prune, prepare=prepare, pattern=pattern, group=group, refine=refine, rank=rank,
         rank_ratio=rank_ratio, iterations=iterations, schedule=schedule, samples=samples,
-        seqlen=seqlen, seed=seed, update_mask=update_mask, skip=skip or [],
+        seqlen=seqlen, seed=seed, update_mask=update_mask, tolerance=tolerance, skip=skip or [],
         overrides=dict(map(parse_override, override or [])),
     )  # fmt: skip
     device = _device(device)

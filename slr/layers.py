@@ -94,7 +94,8 @@ def compress_layer(
         return svd_repair(weight, mask, recipe.rank, metric, sparse=kept)
     return refine(
         weight, mask, recipe.rank, metric=metric,
-        iterations=recipe.iterations, schedule=recipe.schedule, generator=generator,
+        iterations=recipe.iterations, schedule=recipe.schedule, tolerance=recipe.tolerance,
+        generator=generator,
         update_mask=pattern if recipe.update_mask else None,
     )  # fmt: skip
 

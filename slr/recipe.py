@@ -41,6 +41,8 @@ class Recipe:
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement.
         schedule: of the refinement, ``"paper"`` or ``"accelerated"``.
+        tolerance: stop refining when an iteration lowers the error by less than this share of
+            it; not for the paper's schedule, whose ramp has to be run to its end.
         update_mask: with ``refine="activations"``: choose the mask anew while refining.
         prepare: ``"induction"`` first rescales each block so that it prunes better
             (:mod:`slr.methods.induction`), or ``"none"``.
@@ -74,6 +76,7 @@ class Recipe:
     schedule: str = "paper"
     update_mask: bool = False
     prepare: str = "none"
+    tolerance: float = 0.0
     samples: int = 128
     seqlen: int | None = None
     seed: int = 0
@@ -98,6 +101,8 @@ class Recipe:
         for name in ("iterations", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be from 0 to below 1")
         if self.update_mask and self.refine != "activations":
             raise ValueError("update_mask needs refine='activations'")
         if isinstance(self.skip, str):
@@ -175,7 +180,9 @@ def parse_override(text: str) -> tuple[str, dict]:
         key, equals, value = option.partition("=")
         if not equals:
             raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
-        kind = {"rank": int, "iterations": int, "rank_ratio": float}.get(key.strip(), str)
+        kind = {"rank": int, "iterations": int, "rank_ratio": float, "tolerance": float}.get(
+            key.strip(), str
+        )
         found[key.strip()] = kind(value)
     if not name or not found:
         raise ValueError(f"override {text!r} is not NAME:option=value,option=value")

@@ -219,3 +219,20 @@ def test_eora_is_the_one_shot_repair_of_the_outputs():
     assert torch.allclose(found.B @ found.A, expected.B @ expected.A, atol=1e-5)
     by_weights = compress_layer(weight, slr.Recipe(prune="magnitude", refine="svd", rank=3))
     assert gram.error(weight - found.dense()) < 0.99 * gram.error(weight - by_weights.dense())
+
+
+def test_a_tolerance_stops_refinement_but_not_the_papers_ramp():
+    weight, gram = torch.randn(12, 16), torch.eye(16)
+    for refine, schedule, stops in (
+        ("activations", "paper", True),
+        ("weights", "accelerated", True),
+        ("weights", "paper", False),
+    ):
+        counts = [
+            len(compress_layer(weight, slr.Recipe(
+                prune="magnitude", refine=refine, schedule=schedule, rank=3, tolerance=tolerance
+            ), gram=gram).trace)
+            for tolerance in (0.0, 0.3)
+        ]  # fmt: skip
+        assert counts[0] == 51
+        assert (counts[1] < 10) == stops

@@ -51,6 +51,7 @@ def test_a_recipe_survives_json():
         ({"overrides": {"*": {"seed": 1}}}, "option 'seed' is not one of a layer"),
         ({"overrides": {"*": {"pattern": "5:2"}}}, "5:2"),
         ({"update_mask": True}, "update_mask needs refine='activations'"),
+        ({"tolerance": 1}, "tolerance is 1; it must be from 0 to below 1"),
     ],
 )
 def test_bad_recipes_are_named(options, says):
