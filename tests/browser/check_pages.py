@@ -40,6 +40,7 @@ function clipped(doc, width) {
   return [...doc.querySelectorAll("article *")].filter((node) => {
     const box = node.getBoundingClientRect();
     if (!box.width || box.right <= width + 1) return false;
+    if (node.closest("mjx-assistive-mml")) return false;  // for screen readers, never shown
     for (let up = node; up && up !== doc.body; up = up.parentElement) {
       const style = doc.defaultView.getComputedStyle(up);
       if (["auto", "scroll"].includes(style.overflowX)) return false;
