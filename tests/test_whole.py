@@ -193,3 +193,19 @@ def test_a_method_with_the_wrong_options_is_one_line(tmp_path, options, says):
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_loaded_two_four_model_holds_its_linears_packed(tmp_path):
+    """The embedded model, bfloat16, rank 1/32 of its width: at most 0.65 of the dense bytes."""
+    recipe = slr.Recipe(prune="magnitude", pattern="2:4", iterations=1)
+    slr.compress("tiny", tmp_path / "out", recipe)
+    model = slr.load(tmp_path / "out")
+    layers = [m for m in model.modules() if isinstance(m, slr.SLRLinear)]
+    model(torch.arange(24).view(1, 24))  # nothing dense is kept from a forward pass either
+    held = sum(t.nbytes for m in layers for t in (*m.parameters(), *m.buffers()))
+    dense = sum(2 * m.in_features * m.out_features for m in layers)
+    assert model.dtype == torch.bfloat16
+    assert 0.6 * dense < held <= 0.65 * dense
+    for layer in layers:
+        layer.cache_()
+    assert sum(t.nbytes for m in layers for t in (*m.parameters(), *m.buffers())) > 1.5 * dense
