@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 import slr
+from slr.evaluate.origin import provenance
 from slr.methods.cap import Policy, Pool, allocate, excess_loss, propose
-from slr.methods.cap_policy import soften
-from slr.provenance import provenance
+from slr.methods.cap.policy import soften
 
 RANK = 8  # of the rows "refine"
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slr
-from slr.provenance import provenance
+from slr.evaluate.origin import provenance
 
 SHAPES = {
     "llama-7b": {},  # the defaults of LlamaConfig

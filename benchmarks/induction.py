@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 import slr
-from slr.journal import write_atomically
+from slr.checkpoint.journal import write_atomically
+from slr.evaluate.origin import provenance
 from slr.methods.induction import ROWS, Induction, induce
-from slr.provenance import provenance
 
 PATTERNS = ("2:4", "0.5")
 MASKS = ("magnitude", "wanda", "sparsegpt")

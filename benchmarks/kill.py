@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from slr.journal import sha256
-from slr.provenance import provenance
+from slr.checkpoint.journal import sha256
+from slr.evaluate.origin import provenance
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -24,8 +24,8 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 import slr
-from slr.backends import choose, machine
-from slr.provenance import provenance
+from slr.evaluate.origin import provenance
+from slr.layer.backends import choose, machine
 
 LLAMA = ["4096x4096", "11008x4096", "4096x11008"]
 DEFAULTS = {  # device: shapes, tokens, ranks, dtypes, MiB of weights in rotation

@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 
 import slr
+from slr.evaluate.origin import provenance
 from slr.methods import losparse
-from slr.provenance import provenance
 
 SEQLEN, BATCH, TRAIN, TUNING, REPORTED = 128, 4, 1200, 64, 128
 WARMUP, COOLDOWN = 0.05, 0.65  # of the steps

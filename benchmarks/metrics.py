@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 import slr
-from slr.calibrate import decoder_blocks, first_inputs, observe
-from slr.pcp import pcp_repair
-from slr.provenance import provenance
-from slr.statistics import GramStatistic
+from slr.evaluate.origin import provenance
+from slr.matrix.pcp import pcp_repair
+from slr.matrix.statistics import GramStatistic
+from slr.model.blocks import decoder_blocks
+from slr.model.calibrate import first_inputs, observe
 
 
 def grams(model, windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:

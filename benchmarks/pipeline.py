@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 import slr
-from slr.provenance import provenance
-from slr.stream import Stream
+from slr.evaluate.origin import provenance
+from slr.model.stream import Stream
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 import slr
-from slr.filled import OVERSAMPLING, POLISH, WARMUP
-from slr.provenance import provenance
-from slr.refine import ramp
+from slr.evaluate.origin import provenance
+from slr.matrix.filled import OVERSAMPLING, POLISH, WARMUP
+from slr.matrix.refinement import ramp
 
 SIZES = ("1024x1024:32", "2048x2048:64", "4096x4096:128", "4096x11008:128")
 LLAMA_7B = {"4096x4096:128": 128, "11008x4096:128": 64, "4096x11008:128": 32}  # how many of each
@@ -242,7 +242,7 @@ def dtypes(args: argparse.Namespace) -> list[dict]:
         for r in ramp(k, T):
             U, sigma, Vh = torch.linalg.svd((W - S).float(), full_matrices=False)
             S = S + P * (U[:, r:] * sigma[r:] @ Vh[r:]).to(dtype)
-        B, A = slr.lowrank.truncated_svd(W - S, k).factors()
+        B, A = slr.matrix.lowrank.truncated_svd(W - S, k).factors()
         best = slr.refine(W.double(), P, k, iterations=T, solver="exact").error
         results = {
             "in-dtype": (S, B.to(dtype), A.to(dtype)),

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import slr
-from slr.provenance import provenance
+from slr.evaluate.origin import provenance
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 MASKS = ("magnitude", "wanda", "sparsegpt")
@@ -84,7 +84,7 @@ def draw(result: dict, file: Path) -> None:
     """The figure of the README."""
     from matplotlib import pyplot as plt
 
-    from slr.plots import grouped_bars, use_style
+    from slr.chapters.plots import grouped_bars, use_style
 
     use_style()
     kinds = {"pruned": "sparse", "SVD": "svd", "refined": "refined", "Gram": "low rank"}

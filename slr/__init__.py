@@ -4,43 +4,113 @@ One matrix: :func:`prune`, :func:`refine`, :func:`svd_repair`.  One layer: :clas
 One model: :func:`compress`, :func:`load`, :func:`perplexity`.  The book in this repository
 derives and measures all of it.
 
-``import slr`` loads torch only; transformers is imported when a model is first touched, and
-then loads and saves compressed models like any other.
+The package has floors, each a folder that imports only lower ones: ``matrix``, ``layer``,
+``model``, ``methods``, ``checkpoint``, ``evaluate``, and ``chapters`` for the book.
+``import slr`` loads the first two, and torch; the others are imported when first used.
+transformers is imported when a model is first touched, and then loads and saves compressed models
+like any other.
 """
 
-from slr import data, patterns, plugin, tiny
-from slr.checkpoint import load, load_tokenizer
-from slr.compress import compress, compress_model
-from slr.evaluate import perplexity
-from slr.layers import LayerReport
-from slr.linear import SLRLinear
-from slr.metric import Diagonal, Gram, Identity
-from slr.prune import Pruned, prune
-from slr.recipe import Recipe
-from slr.refine import Refined, refine, svd_repair
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from slr import tiny
+from slr.layer.linear import SLRLinear
+from slr.matrix import accounting, lowrank, patterns, pcp, statistics, steps
+from slr.matrix.accounting import matrix_account
+from slr.matrix.metric import Diagonal, Gram, Identity
+from slr.matrix.patterns import NM, Unstructured
+from slr.matrix.pruning import Pruned, prune
+from slr.matrix.refinement import refine, svd_repair
+from slr.matrix.result import Refined
+from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.model import hf
+
+if TYPE_CHECKING:
+    from slr.checkpoint.compression import compress
+    from slr.checkpoint.exporting import export
+    from slr.checkpoint.folder import load, load_tokenizer
+    from slr.checkpoint.sizes import checkpoint_account, model_account
+    from slr.evaluate.likelihood import perplexity
+    from slr.methods.blockwise import compress_model
+    from slr.methods.cap.system import CAP
+    from slr.methods.losparse.system import LoSparse
+    from slr.model import data
+    from slr.model.block import LayerReport
+    from slr.model.calibrate import observe
+    from slr.model.recipe import Recipe
 
 __version__ = "0.1.0"
 
-plugin.install()
+# Public names of the upper floors, and where they are.
+LATER = {
+    "CAP": "methods.cap.system",
+    "LayerReport": "model.block",
+    "LoSparse": "methods.losparse.system",
+    "Recipe": "model.recipe",
+    "checkpoint_account": "checkpoint.sizes",
+    "compress": "checkpoint.compression",
+    "compress_model": "methods.blockwise",
+    "export": "checkpoint.exporting",
+    "load": "checkpoint.folder",
+    "load_tokenizer": "checkpoint.folder",
+    "model_account": "checkpoint.sizes",
+    "observe": "model.calibrate",
+    "perplexity": "evaluate.likelihood",
+}
+
+hf.install()
 
 __all__ = [
+    "CAP",
+    "NM",
     "Diagonal",
     "Gram",
+    "GramStatistic",
     "Identity",
     "LayerReport",
+    "LoSparse",
+    "NormStatistic",
     "Pruned",
     "Recipe",
     "Refined",
     "SLRLinear",
+    "Unstructured",
+    "accounting",
+    "checkpoint_account",
     "compress",
     "compress_model",
     "data",
+    "export",
     "load",
     "load_tokenizer",
+    "lowrank",
+    "matrix_account",
+    "model_account",
+    "observe",
     "patterns",
+    "pcp",
     "perplexity",
     "prune",
     "refine",
+    "statistics",
+    "steps",
     "svd_repair",
     "tiny",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name of an upper floor, imported when it is first asked for."""
+    if name == "data":
+        found = import_module("slr.model.data")
+    elif name in LATER:
+        found = getattr(import_module(f"slr.{LATER[name]}"), name)
+    else:
+        raise AttributeError(f"module 'slr' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

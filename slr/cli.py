@@ -1,4 +1,4 @@
-"""The ``slr`` command: a thin skin over :mod:`slr.compress` and :mod:`slr.evaluate`.
+"""The ``slr`` command: a thin skin.  Options become a recipe, and a recipe one call.
 
 A wrong argument is one line on standard error and exit code 2; a failure in work is one line
 and exit code 1.
@@ -18,17 +18,85 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import slr
-from slr.export import FORMS
-from slr.provenance import provenance
-from slr.prune import METHODS
-from slr.recipe import REPAIRS, Recipe, parse_override
-from slr.refine import SCHEDULES
+from slr.checkpoint.exporting import FORMS
+from slr.checkpoint.folder import about, context, load_tokenizer, resolve
+from slr.checkpoint.sizes import Summary, megabytes
+from slr.evaluate.origin import provenance
+from slr.matrix.refinement import SCHEDULES
+from slr.matrix.steps import PRUNERS, REPAIRS
+from slr.methods.cap.system import CAP
+from slr.methods.losparse.system import LoSparse
+from slr.methods.system import System
+from slr.model import data, distributed
+from slr.model.recipe import Recipe, parse_override, read_config
 
 __all__ = ["app", "main"]
 
+SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
+DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "'tiny', a checkpoint folder, or OWNER/NAME on the Hugging Face hub"
-DEVICE = "auto | cpu | cuda"
-JSON = "print JSON"
+
+Option = typer.Option
+Model = Annotated[str, typer.Argument(help=MODEL)]
+Folder = Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")]
+Out = Annotated[Path, Option(help="folder to make")]
+Device = Annotated[str, Option(help="auto | cpu | cuda")]
+Json = Annotated[bool, Option("--json", help="print JSON")]
+Fresh = Annotated[bool, Option("--fresh", help="start over instead of going on")]
+Config = Annotated[
+    Path | None, Option(help="YAML file of a recipe's options; those given here win")
+]
+MethodName = Annotated[
+    str | None, Option(help="instead of pruning and repairing: cap | losparse; or induction+PRUNE")
+]
+Budget = Annotated[
+    float | None, Option(help="with cap and losparse: share of the parameters to keep  [0.5]")
+]
+Steps = Annotated[
+    int | None, Option(help="with cap and losparse: masks to try, or steps of training  [200]")
+]
+Prune = Annotated[str | None, Option(help=f"{' | '.join(PRUNERS)}  [wanda]")]
+PatternName = Annotated[
+    str | None, Option(help="2:4 (semi-structured), or a fraction to prune such as 0.5  [2:4]")
+]
+Group = Annotated[str | None, Option(help="for a fraction: row | matrix  [row]")]
+Refine = Annotated[str | None, Option(help=f"{' | '.join(REPAIRS)}  [weights]")]
+Rank = Annotated[int | None, Option(help="rank of the repair")]
+RankRatio = Annotated[float | None, Option(help="rank over hidden size  [1/32]")]
+Iterations = Annotated[int | None, Option(help="of the refinement  [50]")]
+Schedule = Annotated[str | None, Option(help=f"{' | '.join(SCHEDULES)}  [paper]")]
+Tolerance = Annotated[
+    float | None, Option(help="stop refining when an iteration gains less, as 0.001  [0]")
+]
+UpdateMask = Annotated[
+    bool | None, Option("--update-mask", help="with --refine activations: choose the mask anew")
+]
+Skip = Annotated[
+    list[str] | None, Option(help="layers to leave dense, as '*.down_proj'; repeatable")
+]
+Override = Annotated[
+    list[str] | None,
+    Option(help="options of some layers, as '*.o_proj:rank=64,pattern=0.4'; repeatable"),
+]
+Calibration = Annotated[
+    str | None, Option(help="embedded | wikitext2 | c4 | a text file  [embedded]")
+]
+Samples = Annotated[int | None, Option(help="calibration windows  [128]")]
+Seqlen = Annotated[int | None, Option(help="tokens in a window  [the longest context, to 2048]")]
+Seed = Annotated[int | None, Option(help="of random masks and starts  [0]")]
+Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file  [embedded]")]
+Limit = Annotated[int | None, Option(help="at most this many windows, or examples of a task")]
+Compare = Annotated[
+    bool | None, Option(help="also the dense source and its pruned, unrepaired form  [yes]")
+]
+Streamed = Annotated[
+    bool | None, Option("--stream", help="one block at a time, for models larger than memory")
+]
+Tasks = Annotated[str | None, Option(help="lm-eval tasks a,b instead of perplexity")]
+TaskFolder = Annotated[
+    Path | None, Option(help="with --tasks: folder of task YAML files, instead of lm-eval's own")
+]
+Dtype = Annotated[str, Option(help=" | ".join(DTYPES))]
 
 app = typer.Typer(
     add_completion=False,
@@ -67,8 +135,15 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _megabytes(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+def _given(**options: Any) -> dict:
+    """Those that were given."""
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def _refuse(options: dict, why: str) -> None:
+    """Raise if an option was given that has no effect."""
+    for name in options:
+        raise ValueError(f"option --{name.replace('_', '-')} has no effect {why}; leave it out")
 
 
 @app.callback()
@@ -79,142 +154,102 @@ def _root() -> None:
 @app.command()
 @_one_line_errors
 def compress(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Path, typer.Option(help="folder to make")],
-    context: typer.Context,
-    method: Annotated[
-        str | None,
-        typer.Option(help="instead of pruning and repairing: cap | losparse; or induction+PRUNE"),
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(help="with cap and losparse: share of the parameters to keep")
-    ] = 0.5,
-    steps: Annotated[
-        int, typer.Option(help="with cap and losparse: masks to try, or steps of training")
-    ] = 200,
-    prune: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "wanda",
-    pattern: Annotated[str, typer.Option(help="2:4, or a fraction to prune such as 0.5")] = "2:4",
-    group: Annotated[str, typer.Option(help="for a fraction: row | matrix")] = "row",
-    refine: Annotated[str, typer.Option(help=" | ".join(REPAIRS))] = "weights",
-    rank: Annotated[int | None, typer.Option(help="rank of the repair")] = None,
-    rank_ratio: Annotated[
-        float | None, typer.Option(help="rank over hidden size  [default: 1/32]")
-    ] = None,
-    iterations: Annotated[int, typer.Option(help="of the refinement")] = 50,
-    schedule: Annotated[str, typer.Option(help=" | ".join(SCHEDULES))] = "paper",
-    tolerance: Annotated[
-        float, typer.Option(help="stop refining when an iteration gains less, as 0.001")
-    ] = 0.0,
-    update_mask: Annotated[
-        bool, typer.Option(help="with --refine activations: choose the mask anew")
-    ] = False,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="layers to leave dense, as '*.down_proj'; repeatable")
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(help="options of some layers, as '*.o_proj:rank=64,pattern=0.4'; repeatable"),
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="embedded | wikitext2 | c4 | a text file")
-    ] = "embedded",
-    samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
-    seqlen: Annotated[int | None, typer.Option(help="tokens in each")] = None,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    seed: Annotated[int, typer.Option(help="of random masks and starts")] = 0,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="start over instead of going on where a run stopped")
-    ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+    model: Model,
+    out: Out,
+    config: Config = None,
+    method: MethodName = None,
+    budget: Budget = None,
+    steps: Steps = None,
+    prune: Prune = None,
+    pattern: PatternName = None,
+    group: Group = None,
+    refine: Refine = None,
+    rank: Rank = None,
+    rank_ratio: RankRatio = None,
+    iterations: Iterations = None,
+    schedule: Schedule = None,
+    tolerance: Tolerance = None,
+    update_mask: UpdateMask = None,
+    skip: Skip = None,
+    override: Override = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    fresh: Fresh = False,
+    json_output: Json = False,
 ) -> None:
     """Compress a model into a new folder; a stopped run goes on when called again."""
-    whole, prepare, prune = _method(context, method, prune)
-    recipe = Recipe(
-        prune=prune, prepare=prepare, pattern=pattern, group=group, refine=refine, rank=rank,
-        rank_ratio=rank_ratio, iterations=iterations, schedule=schedule, samples=samples,
-        seqlen=seqlen, seed=seed, update_mask=update_mask, tolerance=tolerance, skip=skip or [],
-        overrides=dict(map(parse_override, override or [])),
+    options = _given(
+        prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
+        iterations=iterations, schedule=schedule, tolerance=tolerance, update_mask=update_mask,
+        skip=skip, overrides=dict(map(parse_override, override or [])) or None, samples=samples,
+        seqlen=seqlen, seed=seed,
     )  # fmt: skip
-    device = _device(device)
-    from slr import checkpoint, ranks
+    recipe = _recipe(method, _given(budget=budget, steps=steps), options, config)
+    where, source = _device(device), resolve(model)
+    _say(f"{model} -> {out}: {_told(recipe)}, on {where}")
+    started, stages = time.perf_counter(), dict[str, float]()
+    layers = slr.compress(
+        model, recipe, out=out, calibration=calibration, device=where, progress=True,
+        resume=not fresh, stages=None if isinstance(recipe, System) else stages,
+    )  # fmt: skip
+    if distributed.rank() == 0:
+        times = {"seconds": time.perf_counter() - started, **stages}
+        _report(layers, times, {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)},
+                json_output)  # fmt: skip
 
-    source = checkpoint.resolve(model)
-    repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}.get(
-        refine, f"refined by {refine}"
-    )
-    started = time.perf_counter()
-    stages: dict[str, float] = {}
-    options: dict[str, Any] = {
-        "calibration": calibration, "device": device, "progress": True, "resume": not fresh
-    }  # fmt: skip
-    if whole is not None:
-        from slr.methods.whole import compress_whole
 
-        _say(f"{model} -> {out}: {whole}, {budget:g} of the parameters, on {device}")
-        layers = compress_whole(
-            model, out, whole, budget=budget, steps=steps, samples=samples, seqlen=seqlen,
-            seed=seed, **options,
-        )  # fmt: skip
-    else:
-        before = "" if prepare == "none" else f"{prepare}, "
-        _say(f"{model} -> {out}: {before}{prune} {recipe.pattern}, {repair}, on {device}")
-        layers = slr.compress(model, out, recipe, stages=stages, **options)
-    if ranks.rank():
-        return
-    seconds = time.perf_counter() - started
-    mean = {
-        key: sum(getattr(layer, key) for layer in layers) / len(layers)
-        for key in ("pruned_error", "error")
-    }
-    sizes = {"dense_MB": _megabytes(source), "compressed_MB": _megabytes(out)}
+def _recipe(
+    method: str | None, system: dict, options: dict, config: Path | None
+) -> Recipe | System:
+    """What the options ask for."""
+    if method in SYSTEMS:
+        common = {k: options.pop(k) for k in ("samples", "seqlen", "seed") if k in options}
+        _refuse({**options, **_given(config=config)}, f"with --method {method}")
+        return SYSTEMS[method](**system, **common)
+    _refuse(system, "but with --method cap or losparse")
+    if method is not None:
+        prepare, _, pruner = method.partition("+")
+        if prepare != "induction":
+            raise ValueError(
+                f"method {method!r} is unknown; it must be {', '.join(SYSTEMS)} or induction+PRUNE"
+            )
+        if pruner and "prune" in options:
+            raise ValueError(
+                f"--prune {options['prune']} and --method {method} both name a pruner; give one"
+            )
+        options = {"prepare": prepare, **_given(prune=pruner or None), **options}
+    return Recipe(**{**(read_config(config) if config else {}), **options})
+
+
+def _told(recipe: Recipe | System) -> str:
+    """A recipe in a few words."""
+    if isinstance(recipe, System):
+        return f"{recipe.name}, {recipe.budget:g} of the parameters"
+    repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}
+    after = repair.get(str(recipe.refine), f"refined by {recipe.refine}")
+    before = "" if recipe.prepare == "none" else f"{recipe.prepare}, "
+    return f"{before}{recipe.prune} {recipe.pattern}, {after}"
+
+
+def _report(layers: list, times: dict, sizes: dict, json_output: bool) -> None:
+    """What a compression did."""
+    kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
+    mean = {key: kinds[key] for key in ("pruned_error", "error")}
     if json_output:
-        times = {"seconds": seconds, **stages}
         print(json.dumps({"layers": len(layers), **times, **mean, **sizes, **provenance()}))
         return
-    print(
-        _table(
-            [
-                ("layers", str(len(layers))),
-                ("mean relative error, pruned", f"{mean['pruned_error']:.4f}"),
-                ("mean relative error, result", f"{mean['error']:.4f}"),
-                *_output_error(layers),
-                ("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)),
-                ("seconds", f"{seconds:.1f}"),
-            ]
-        )
-    )
-
-
-WHOLE = ("cap", "losparse")
-EITHER = {"model", "out", "method", "calibration", "samples", "seqlen", "device", "seed", "fresh",
-          "json_output"}  # fmt: skip
-
-
-def _method(context: typer.Context, method: str | None, prune: str) -> tuple[str | None, str, str]:
-    """The method for a whole model, if it is one; else how to prepare blocks, and how to prune."""
-    sources = {k: context.get_parameter_source(k) for k in context.params}
-    given = {k for k, source in sources.items() if source and source.name != "DEFAULT"}
-    whole = method if method in WHOLE else None
-    mine = {"budget", "steps"}
-    wrong = given - EITHER - mine if whole else given & mine
-    if wrong:
-        name = sorted(wrong)[0].replace("_", "-")
-        raise ValueError(f"option --{name} has no meaning with --method {method or 'left out'}")
-    if whole or method is None:
-        return whole, "none", prune
-    prepare, _, pruner = method.partition("+")
-    if prepare != "induction":
-        raise ValueError(
-            f"method {method!r} is unknown; it must be {', '.join(WHOLE)} or induction+PRUNE"
-        )
-    if pruner and "prune" in given:
-        raise ValueError(f"--prune {prune} and --method {method} both name a pruner; give one")
-    return None, prepare, pruner or prune
-
-
-def _output_error(layers: list[slr.LayerReport]) -> list[tuple[str, str]]:
-    known = [layer.output_error for layer in layers if layer.output_error is not None]
-    return [("mean output error, result", f"{sum(known) / len(known):.4f}")] if known else []
+    rows = [
+        ("layers", str(len(layers))),
+        ("mean relative error, pruned", f"{mean['pruned_error']:.4f}"),
+        ("mean relative error, result", f"{mean['error']:.4f}"),
+    ]
+    if kinds["output_error"] is not None:
+        rows.append(("mean output error, result", f"{kinds['output_error']:.4f}"))
+    rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
+    print(_table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
 
 
 def _device(device: str) -> str:
@@ -230,53 +265,45 @@ def _device(device: str) -> str:
 @app.command("eval")
 @_one_line_errors
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    text: Annotated[str, typer.Option(help="embedded | wikitext2 | a text file")] = "embedded",
-    seqlen: Annotated[int | None, typer.Option(help="tokens in a window")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="at most this many windows, or examples of a task")
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option(help="also the dense source and its pruned, unrepaired form")
-    ] = True,
-    stream: Annotated[
-        bool, typer.Option(help="one decoder block at a time, for models larger than memory")
-    ] = False,
-    tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks a,b instead of perplexity")
-    ] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option(help="folder of task YAML files, instead of lm-eval's own")
-    ] = None,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 | bfloat16 | float16")] = "float32",
-    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+    model: Model,
+    text: Text = None,
+    seqlen: Seqlen = None,
+    limit: Limit = None,
+    compare: Compare = None,
+    stream: Streamed = None,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json_output: Json = False,
 ) -> None:
     """Perplexity of a model, of a compressed one beside its source's; or its scores on tasks."""
     import torch
 
-    from slr import checkpoint, data
+    from slr.evaluate import comparison
 
-    folder, device = checkpoint.resolve(model), _device(device)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is unknown; it must be float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
+    folder, where = resolve(model), _device(device)
     if tasks is not None:
-        _tasks(model, folder, tasks.split(","), limit, task_folder, device, dtype, json_output)
+        _refuse(_given(text=text, seqlen=seqlen, compare=compare, stream=stream), "with --tasks")
+        _tasks(model, folder, tasks.split(","), limit, task_folder, where, dtype, json_output)
         return
-    content = data.load_text(text)
-    seqlen = seqlen or checkpoint.context(folder)
-    windows = data.windows(content, checkpoint.load_tokenizer(folder), seqlen, limit)
+    _refuse(_given(task_folder=task_folder), "without --tasks")
+    text = text or "embedded"
+    seqlen = context(folder) if seqlen is None else seqlen
+    windows = data.windows(data.load_text(text), load_tokenizer(folder), seqlen, limit)
     _say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
-    notes = checkpoint.about(folder)
-    values = slr.evaluate.compare(
-        folder, windows, source=compare, stream=stream, device=device,
+    values = comparison.compare(
+        folder, windows, source=compare is not False, stream=bool(stream), device=where,
         dtype=getattr(torch, dtype), progress=True,
     )  # fmt: skip
-    if notes is not None and compare and "dense" not in values:
+    notes = about(folder)
+    if notes is not None and compare is not False and "dense" not in values:
         _say(f"(its source {notes['source']!r} is not here, so there is nothing to compare)")
     if json_output:
-        about = {"model": model, "text": text, "windows": windows.shape[0], "seqlen": seqlen}
-        print(json.dumps({**about, "dtype": dtype, "perplexity": values, **provenance()}))
+        told = {"model": model, "text": text, "windows": windows.shape[0], "seqlen": seqlen}
+        print(json.dumps({**told, "dtype": dtype, "perplexity": values, **provenance()}))
         return
     print(_table([(key, f"{value:.3f}") for key, value in values.items()]))
 
@@ -287,16 +314,15 @@ def _tasks(
 ) -> None:  # fmt: skip
     import torch
 
-    from slr import checkpoint
-    from slr.evaluate import tasks
+    from slr.evaluate.harness import tasks
 
     _say(f"{model}: lm-eval tasks {', '.join(names)}")
     loaded = slr.load(folder, dtype=getattr(torch, dtype))
-    _move(loaded, device)
-    tokenizer = checkpoint.load_tokenizer(folder)
+    torch.nn.Module.to(loaded, device)  # transformers' own refuses what it takes for quantised
     found = tasks(
-        loaded, tokenizer, names, limit=limit, folder=task_folder, seqlen=checkpoint.context(folder)
-    )
+        loaded, load_tokenizer(folder), names, limit=limit, folder=task_folder,
+        seqlen=context(folder),
+    )  # fmt: skip
     if json_output:
         print(json.dumps({"model": model, "tasks": found, **provenance()}, default=str))
         return
@@ -309,48 +335,34 @@ def _tasks(
     print(_table(rows))
 
 
-def _move(model: Any, device: str) -> None:
-    """Move a model; transformers' own `to` refuses what it takes for quantised models."""
-    from torch import nn
-
-    nn.Module.to(model, device)
-
-
 @app.command()
 @_one_line_errors
-def info(
-    model: Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")],
-    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
-) -> None:
+def info(model: Folder, json_output: Json = False) -> None:
     """What is in a checkpoint: recipe, sizes, errors by kind of layer."""
-    from slr import checkpoint
-    from slr.card import by_kind
-
-    folder = checkpoint.resolve(model)
-    notes, megabytes = checkpoint.about(folder), _megabytes(folder)
+    folder = resolve(model)
+    notes, size = about(folder), megabytes(folder)
     if notes is None:
         if json_output:
-            print(json.dumps({"model": model, "compressed": False, "MB": megabytes}))
+            print(json.dumps({"model": model, "compressed": False, "MB": size}))
         else:
-            print(_table([("model", f"{model} (dense)"), ("weights", f"{megabytes:.1f} MB")]))
+            print(_table([("model", f"{model} (dense)"), ("weights", f"{size:.1f} MB")]))
         return
-    layers = notes["layers"]
-    dense = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
-    now = sum(la["kept"] + la["rank"] * sum(la["shape"]) for la in layers.values())
+    found = Summary.of(notes["layers"])
     if json_output:
-        sizes = {"MB": megabytes, "parameters_before": dense, "parameters": now}
+        sizes = {"MB": size, "parameters_before": found.dense, "parameters": found.kept}
         print(json.dumps({"model": model, "compressed": True, **sizes, **notes}))
         return
     recipe = {k: v for k, v in notes["recipe"].items() if v not in (None, [], {}, False)}
+    share = f"({found.kept / found.dense:.3f})"
     rows = [
         ("source", notes["source"]),
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.items())),
-        ("weights", f"{megabytes:.1f} MB"),
-        ("parameters of compressed layers", f"{dense:,} -> {now:,} ({now / dense:.3f})"),
+        ("weights", f"{size:.1f} MB"),
+        ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
     ]
     print(_table(rows) + "\n")
     print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")
-    for kind, row in by_kind(layers).items():
+    for kind, row in found.kinds.items():
         low, high = row["ranks"][0], row["ranks"][-1]
         span = str(low) if low == high else f"{low}-{high}"
         output = "" if row["output_error"] is None else f"{row['output_error']:.4f}"
@@ -362,19 +374,13 @@ def info(
 
 @app.command("export")
 @_one_line_errors
-def export_(
-    model: Annotated[str, typer.Argument(help="a compressed folder")],
-    to: Annotated[str, typer.Option(help=" | ".join(FORMS))],
-    out: Annotated[Path, typer.Option(help="folder to make")],
-) -> None:
+def export_(model: Folder, to: Annotated[str, Option(help=" | ".join(FORMS))], out: Out) -> None:
     """Write a compressed model for other programs: base + LoRA adapter, or dense."""
-    from slr.export import export
-
     _say(f"{model} -> {out}: {to}")
-    export(model, out, to)
-    rows = [("weights", f"{_megabytes(out):.1f} MB")]
+    slr.export(model, out, to)
+    rows = [("weights", f"{megabytes(out):.1f} MB")]
     if to == "peft":
-        rows.append(("adapter", f"{_megabytes(out / 'adapter'):.1f} MB in {out / 'adapter'}"))
+        rows.append(("adapter", f"{megabytes(out / 'adapter'):.1f} MB in {out / 'adapter'}"))
     print(_table(rows))
 
 
@@ -382,33 +388,33 @@ def export_(
 @_one_line_errors
 def reproduce_(
     table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
-    rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
-    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4'")] = None,
-    model: Annotated[str | None, typer.Option(help=f"instead of its own: {MODEL}")] = None,
+    rows: Annotated[str, Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
+    columns: Annotated[str | None, Option(help="columns a,b, as '0.5,2:4'")] = None,
+    model: Annotated[str | None, Option(help=f"instead of its own: {MODEL}")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of the cells  [default: results/measured/TABLE]")
+        Path | None, Option(help="folder of the cells  [default: results/measured/TABLE]")
     ] = None,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is there")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    json_output: Json = False,
 ) -> None:
     """Measure a published table, cell by cell; a stopped run goes on when called again."""
-    from slr import reproduce
+    from slr.evaluate import reproduction
 
-    spec = reproduce.Spec.read(table)
+    spec = reproduction.Spec.read(table)
     name = spec.name if model is None else model.strip("/").replace("/", "-")
     out = out or Path("results") / "measured" / name
-    device = _device(device)
-    _say(f"{spec.title}: {model or spec.model} -> {out}, on {device}")
-    measured = reproduce.reproduce(
-        spec, out, model=model, rows=rows.split(","), columns=columns.split(",") if columns else (),
-        device=device, fresh=fresh, progress=True,
+    where, wanted = _device(device), columns.split(",") if columns else []
+    _say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
+    measured = reproduction.reproduce(
+        spec, out, model=model, rows=rows.split(","), columns=wanted, device=where, fresh=fresh,
+        progress=True,
     )  # fmt: skip
-    known = reproduce.published(spec) if model is None else {}
+    known = reproduction.published(spec) if model is None else {}
     if json_output:
         print(json.dumps({"table": spec.name, "measured": measured, "published": known}))
         return
-    print(reproduce.as_text(measured, known, columns.split(",") if columns else spec.columns))
+    print(reproduction.as_text(measured, known, wanted or spec.columns))
 
 
 @app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import slr
-from slr.agreement import agreement, bootstrap
+from slr.evaluate.agree import agreement, bootstrap
 
 
 class Fixed(nn.Module):
@@ -59,7 +59,7 @@ def test_batches_do_not_change_it(small, monkeypatch):
     model, other = slr.load(small, dtype=torch.float32), Fixed(*[1 / 4096] * 4096)
     windows = torch.randint(4096, (5, 16))
     whole = agreement(other, model, windows)
-    monkeypatch.setattr("slr.agreement.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("slr.evaluate.agree.TOKENS_AT_ONCE", 32)
     for a, b in zip(agreement(other, model, windows), whole, strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
 

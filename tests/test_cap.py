@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import slr
 from slr.cli import app
 from slr.methods.cap import Pool, allocate, excess_loss, pack, place, propose, unpack
-from slr.methods.cap_candidates import Candidates, candidates
-from slr.methods.cap_policy import Policy, choose, learn, project, soften
-from slr.stream import Stream
+from slr.methods.cap.policy import Policy, choose, learn, project, soften
+from slr.methods.cap.robust_pca import Candidates, candidates
+from slr.model.stream import Stream
 
 F64 = torch.float64
 
@@ -225,7 +225,7 @@ def test_what_is_kept_in_part_is_the_largest():
 
 def test_a_smaller_balance_leaves_less_to_low_rank():
     W = realistic(48, 40)
-    pursued = slr.pcp.pursue(W, balance=0.8 / 48**0.5, tolerance=1e-6)
+    pursued = slr.matrix.pcp.pursue(W, balance=0.8 / 48**0.5, tolerance=1e-6)
     found = candidates(W, balance_ratio=0.8)
     assert torch.equal(found.values.abs().sort().values[-1], pursued.sparse.abs().max())
     ranks = [len(candidates(W, balance_ratio=ratio).low.s) for ratio in (1, 0.8, 0.01)]

@@ -80,7 +80,7 @@ def test_a_failure_in_work_is_one_line_and_code_1(small, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("slr.journal.save_file", full)
+    monkeypatch.setattr("slr.checkpoint.journal.save_file", full)
     done = run(
         "compress", small, "--out", tmp_path / "x", "--prune", "magnitude", "--iterations", 1
     )

@@ -6,12 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slr
-from slr import checkpoint
-from slr.evaluate import pruned_source
-from slr.layers import compress_layer
-from slr.packing import pack_mask, unpack_mask
-from slr.recipe import REPAIRS
-from slr.statistics import GramStatistic, NormStatistic
+from slr.layer.bits import pack_mask, unpack_mask
+from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.model.block import compress_layer
+from slr.model.recipe import REPAIRS
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def test_input_norm_does_not_overflow(dtype):
 
 
 def test_saved_and_loaded_bit_for_bit(small, tmp_path):
-    reports = slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", iterations=5))
+    reports = slr.compress(small, slr.Recipe(prune="magnitude", iterations=5), out=tmp_path / "a")
     again = slr.load(tmp_path / "a")
     in_memory = slr.load(small)
     slr.compress_model(in_memory, slr.Recipe(prune="magnitude", iterations=5))
@@ -96,7 +94,7 @@ def stored(folder):
 
 
 def test_files_are_as_small_as_they_should_be(small, tmp_path):
-    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", iterations=2))
+    slr.compress(small, slr.Recipe(prune="magnitude", iterations=2), out=tmp_path / "a")
     tensors = stored(tmp_path / "a")
     name = "model.layers.0.mlp.up_proj"
     m, n, k = 128, 64, 2
@@ -175,17 +173,17 @@ def test_non_finite_weights_are_refused(small, tmp_path):
 
 
 def test_not_compressed_twice(small, tmp_path):
-    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", refine="none"))
+    slr.compress(small, slr.Recipe(prune="magnitude", refine="none"), out=tmp_path / "a")
     with pytest.raises(ValueError, match="compressed already"):
-        slr.compress(tmp_path / "a", tmp_path / "b", slr.Recipe(prune="magnitude"))
+        slr.compress(tmp_path / "a", slr.Recipe(prune="magnitude"), out=tmp_path / "b")
     with pytest.raises(ValueError, match="exists already"):
-        slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude"))
+        slr.compress(small, slr.Recipe(prune="magnitude"), out=tmp_path / "a")
     assert not (tmp_path / "b").exists()
 
 
 def test_damaged_folders_are_named(small, tmp_path):
     folder = tmp_path / "a"
-    slr.compress(small, folder, slr.Recipe(prune="magnitude", iterations=1))
+    slr.compress(small, slr.Recipe(prune="magnitude", iterations=1), out=folder)
     weights, config = folder / "model-00001-of-00003.safetensors", folder / "config.json"
     whole, notes = weights.read_bytes(), json.loads(config.read_text())
 

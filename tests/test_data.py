@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import slr
-from slr.data import calibration, corpus, documents, held_out, load_text, windows
+from slr.model.data import calibration, corpus, documents, held_out, load_text, windows
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from slr.checkpoint import load_tokenizer
+    from slr.checkpoint.folder import load_tokenizer
 
     return load_tokenizer(slr.tiny.path())
 
@@ -25,7 +25,7 @@ def test_the_two_corpora_share_no_document():
 
 def test_validation_was_not_trained_on():
     """Training drops held-out documents and, from all others, the long lines of held-out ones."""
-    train = pytest.importorskip("slr.tiny.train")
+    train = pytest.importorskip("examples.train_tiny")
     sources, about = train.gather([])
     seen = {line.strip() for docs, _ in sources for text in docs for line in text.splitlines()}
     lines = {line.strip() for line in corpus("validation").splitlines()}

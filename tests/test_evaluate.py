@@ -25,7 +25,7 @@ def test_equals_the_definition(loaded):
 def test_batches_and_limit_do_not_change_it(loaded, monkeypatch):
     windows = torch.randint(4096, (5, 16))
     whole = slr.perplexity(loaded, windows)
-    monkeypatch.setattr("slr.evaluate.TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr("slr.evaluate.likelihood.TOKENS_AT_ONCE", 16)
     assert slr.perplexity(loaded, windows) == pytest.approx(whole, rel=1e-5)
     assert slr.perplexity(loaded, windows, limit=2) == pytest.approx(
         slr.perplexity(loaded, windows[:2])
@@ -33,7 +33,7 @@ def test_batches_and_limit_do_not_change_it(loaded, monkeypatch):
 
 
 def test_from_a_folder_and_a_text(small, text, loaded):
-    from slr.checkpoint import load_tokenizer
+    from slr.checkpoint.folder import load_tokenizer
 
     windows = slr.data.windows(text, load_tokenizer(small), 32, limit=4)
     assert slr.perplexity(small, text, seqlen=32, limit=4) == pytest.approx(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slr
-from slr.filled import Filled, FullSVD, Subspace, fast_bfloat16, keep_, row_blocks
+from slr.matrix.filled import Filled, FullSVD, Subspace, fast_bfloat16, keep_, row_blocks
 
 W = realistic(48, 40)
 MASK = slr.prune(W, "magnitude", "0.5").mask
@@ -45,7 +45,7 @@ def test_blocks_are_the_filled_in_matrix(m, n, seed, dtype, scaled, filled, stac
 
 
 def test_row_blocks_cover_every_row_once(monkeypatch):
-    monkeypatch.setattr(sys.modules["slr.filled"], "BLOCK", {"cpu": 17 * 40})
+    monkeypatch.setattr(sys.modules["slr.matrix.filled"], "BLOCK", {"cpu": 17 * 40})
     blocks = row_blocks(W)
     assert [row for rows in blocks for row in range(48)[rows]] == list(range(48))
     assert len(blocks) == 3
@@ -85,7 +85,7 @@ def test_bfloat16_search_does_not_bound_the_accuracy():
 
 
 def test_bfloat16_is_chosen_for_large_matrices_on_fast_processors_only(monkeypatch):
-    module = sys.modules["slr.filled"]
+    module = sys.modules["slr.matrix.filled"]
     for fast in (True, False):
         monkeypatch.setattr(module, "fast_bfloat16", lambda device, fast=fast: fast)
         for large in (1 << 20, 1024):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slr
-from slr.gram import masked_least_squares
-from slr.metric import Diagonal, Gram, Identity, definite
+from slr.matrix.gram import masked_least_squares
+from slr.matrix.metric import Diagonal, Gram, Identity, definite
 
 W = realistic(24, 32)
 X = activations(400, 32)

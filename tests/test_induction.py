@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 import slr
-from slr import plugin
-from slr.calibrate import decoder_blocks, first_inputs, observe
-from slr.compress import plan_layers
-from slr.layers import compress_block
+from slr.matrix.patterns import NM, Unstructured, parse
+from slr.matrix.statistics import NormStatistic
+from slr.methods.blockwise import plan_layers
 from slr.methods.induction import Induction, Scales, absorb, induce, induce_block, train_scales
-from slr.methods.induction_loss import BlockLoss, soft_mask, starting_scales
-from slr.methods.scales import ROWS, dense_linears
-from slr.patterns import NM, Unstructured, parse
-from slr.statistics import NormStatistic
-from slr.stream import Stream
+from slr.methods.induction.loss import BlockLoss, soft_mask, starting_scales
+from slr.methods.induction.scales import ROWS, dense_linears
+from slr.model import hf
+from slr.model.block import compress_block
+from slr.model.blocks import decoder_blocks
+from slr.model.calibrate import first_inputs, observe
+from slr.model.stream import Stream
 
 
 def random_model(kind="llama", **options):
@@ -335,7 +336,7 @@ def test_a_step_before_pruning_a_block_on_inputs_of_pruned_blocks(small, text_wi
         assert all(torch.equal(v, again.scales.logs()[k]) for k, v in found.scales.logs().items())
         assert found.trace == again.trace
         reports = compress_block(name, block, index, plan[index], inputs)
-        stored = plugin.state_dict(block)
+        stored = hf.state_dict(block)
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             assert not torch.equal(stored[norm], dense.state_dict()[norm])
         assert not torch.equal(stored["self_attn.v_proj.bias"], dense.self_attn.v_proj.bias)
@@ -343,7 +344,7 @@ def test_a_step_before_pruning_a_block_on_inputs_of_pruned_blocks(small, text_wi
         other = Stream(small, dtype=torch.float32)
         refilled = other.block(index)[1]
         layers = {r.name.removeprefix(f"{name}."): r.stored() for r in reports}
-        plugin.place(refilled, layers, torch.float32)
+        hf.place(refilled, layers, torch.float32)
         other.put(refilled, stored, {k: k for k in stored})
         inputs.run(index, block, keep=True)
         with torch.no_grad():
@@ -375,7 +376,7 @@ def test_training_that_does_not_help_keeps_the_start(text_windows):
 def test_more_than_one_process_is_refused(monkeypatch):
     model = random_model()
     inputs = first_inputs(model, torch.randint(300, (2, 8)))
-    monkeypatch.setattr("slr.ranks.world", lambda: 2)
+    monkeypatch.setattr("slr.model.distributed.world", lambda: 2)
     with pytest.raises(ValueError, match="induction trains in one process, not in 2"):
         induce_block(decoder_blocks(model)[0], 0, inputs)
 

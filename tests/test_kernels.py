@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slr
-from slr import backends, kernels
-from slr.backends import Machine, choose
-from slr.packing import pack_mask
+from slr.layer import backends, kernels
+from slr.layer.backends import Machine, choose
+from slr.layer.bits import pack_mask
 
 triton = pytest.importorskip("triton")
 SIXTEEN = [torch.float16, torch.bfloat16]
@@ -148,10 +148,10 @@ def test_without_triton_it_says_so(monkeypatch):
 
 
 def test_slr_is_imported_without_it():
-    code = "import sys; sys.modules['triton'] = None; import slr, slr.kernels; print('fine')"
+    code = "import sys; sys.modules['triton'] = None; import slr, slr.layer.kernels; print('fine')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr
-    code = "import sys, slr; print('triton' in sys.modules, 'slr.kernels' in sys.modules)"
+    code = "import sys, slr; print('triton' in sys.modules, 'slr.layer.kernels' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
 
@@ -167,7 +167,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from slr import kernels
+from slr.layer import kernels
 
 def compiled(kernel, types, constants, capability):
     names = kernel.arg_names

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 import slr
-from slr import packing
-from slr.packing import pack_mask
+from slr.layer import packing
+from slr.layer.bits import pack_mask
 
 W = realistic(12, 8)
 MASK = slr.prune(W, "magnitude", "2:4").mask

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 import slr
-from slr import local_tasks
-from slr.choices import log_likelihoods
+from slr.chapters import local_tasks
+from slr.chapters.choices import log_likelihoods
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -43,7 +43,7 @@ def test_lm_eval_gives_what_the_logits_give(built, small):
     found = lm_eval.simple_evaluate(
         model=wrapped, tasks=list(rows), task_manager=manager, log_samples=True, bootstrap_iters=0
     )
-    short = slr.evaluate.tasks(model, tokenizer, list(rows), folder=folder, seqlen=512, limit=5)
+    short = tasks(model, tokenizer, list(rows), folder=folder, seqlen=512, limit=5)
     for name, questions in rows.items():
         hand = torch.tensor(
             [

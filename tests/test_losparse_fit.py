@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import slr
-from slr import plugin
 from slr.methods import losparse
 from slr.methods.losparse import Pruner, fit, train
+from slr.model import hf
 
 
 class Net(nn.Module):
@@ -192,7 +192,7 @@ def test_a_checkpoint_like_any_other(mode, compact, text, tmp_path):
     assert record["error"] == pytest.approx(
         float((W - layer.dense().detach()).norm() / W.norm()), rel=1e-4
     )
-    plugin.adopt(model, {"source": "tiny", "recipe": {}, "calibration": None, "layers": records})
+    hf.adopt(model, {"source": "tiny", "recipe": {}, "calibration": None, "layers": records})
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     loaded = again.get_submodule("model.layers.1.mlp.down_proj")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples.losparse_recipes import RECIPES, encode, fine_tune, load, main
 from slr.methods import losparse
-from slr.methods.losparse_recipes import RECIPES, encode, fine_tune, load, main
 
 WORDS = [f"w{i}" for i in range(40)]
 

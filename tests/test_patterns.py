@@ -6,7 +6,7 @@ from helpers import select_slowly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slr.patterns import NM, Unstructured, parse
+from slr.matrix.patterns import NM, Unstructured, parse
 
 
 @given(

@@ -5,7 +5,7 @@ import torch
 from helpers import realistic
 
 import slr
-from slr.pcp import pcp_repair, pursue
+from slr.matrix.pcp import pcp_repair, pursue
 
 
 def planted(n=60, rank=3, share=0.1, seed=0):

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import slr
-from slr import checkpoint
-from slr.export import export
-from slr.journal import Journal
-from slr.stream import FAMILIES, Stream
+from slr.checkpoint.exporting import export
+from slr.checkpoint.journal import Journal
+from slr.model.stream import FAMILIES, Stream
 
 FAST = {"prune": "magnitude", "iterations": 2}
 DATA = {"prune": "wanda", "refine": "activations", "iterations": 2, "samples": 3, "seqlen": 32}
@@ -68,7 +67,7 @@ def test_every_family_streams_saves_and_loads(kind, tied, tmp_path):
         {"text": "random", "windows": 3, "seqlen": 32},
     )
     try:
-        streamed = slr.compress(source, tmp_path / "out", recipe)
+        streamed = slr.compress(source, recipe, out=tmp_path / "out")
     finally:
         checkpoint.calibration_windows = original
     assert [r[:-1] for r in streamed] == [r[:-1] for r in reports]  # all but seconds, exactly
@@ -86,7 +85,7 @@ def test_every_family_streams_saves_and_loads(kind, tied, tmp_path):
 
 
 def test_streamed_perplexity_is_the_whole_models(small, text, tmp_path):
-    slr.compress(small, tmp_path / "a", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "a")
     for folder in (small, tmp_path / "a"):
         options = {"seqlen": 32, "limit": 9}
         whole = slr.perplexity(folder, text, **options)
@@ -105,13 +104,13 @@ def test_only_one_block_is_ever_filled(small, tmp_path, monkeypatch):
         most = max(most, len(filled))
 
     monkeypatch.setattr(Stream, "fill", measured)
-    slr.compress(small, tmp_path / "a", slr.Recipe(**DATA))
+    slr.compress(small, slr.Recipe(**DATA), out=tmp_path / "a")
     assert most == 1
 
 
 def test_transformers_knows_the_format(small, tmp_path):
     """In a process of its own: `import slr` first, and transformers finds everything."""
-    slr.compress(small, tmp_path / "a", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "a")
     code = f"""
 import slr, sys
 assert "transformers" not in sys.modules
@@ -145,7 +144,7 @@ print("fine")
 
 
 def test_without_slr_it_does_not_load(small, tmp_path):
-    slr.compress(small, tmp_path / "a", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "a")
     code = f"""
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaConfig
 where = {str(tmp_path / "a")!r}
@@ -169,12 +168,12 @@ def command(source, out, **options):
 @pytest.mark.parametrize("recipe", [FAST, {**DATA, "refine": "weights"}])
 def test_killed_at_any_moment_it_ends_with_the_same_files(small, tmp_path, recipe):
     """kill -9 at random moments, resumed every time."""
-    slr.compress(small, tmp_path / "calm", slr.Recipe(**recipe))
+    slr.compress(small, slr.Recipe(**recipe), out=tmp_path / "calm")
     calm, out = hashes(tmp_path / "calm"), tmp_path / "killed"
     # Every file operation is a moment: the process kills itself before the n-th of them.
     code = """
 import os, signal, sys, slr
-from slr import journal
+from slr.checkpoint import journal
 left = [int(sys.argv[3])]
 def trap(real):
     def call(*args, **kwargs):
@@ -186,7 +185,7 @@ def trap(real):
 journal.save_file = trap(journal.save_file)
 for name in ("fsync", "replace", "open"):
     setattr(journal.os, name, trap(getattr(os, name)))
-slr.compress(sys.argv[1], sys.argv[2], slr.Recipe(**eval(sys.argv[4])))
+slr.compress(sys.argv[1], slr.Recipe(**eval(sys.argv[4])), out=sys.argv[2])
 """
     draw, kills = random.Random(0), 0
     while True:
@@ -205,11 +204,11 @@ slr.compress(sys.argv[1], sys.argv[2], slr.Recipe(**eval(sys.argv[4])))
 
 
 def test_a_damaged_block_is_made_again(small, tmp_path):
-    slr.compress(small, tmp_path / "calm", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "calm")
     stop_after_first_block(small, tmp_path / "out", FAST)
     shard = tmp_path / "out.partial" / "model-00001-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
-    slr.compress(small, tmp_path / "out", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
 
 
@@ -224,7 +223,7 @@ def stop_after_first_block(source, out, recipe):
     Journal.add = add
     try:
         with pytest.raises(KeyboardInterrupt):
-            slr.compress(source, out, slr.Recipe(**recipe))
+            slr.compress(source, slr.Recipe(**recipe), out=out)
     finally:
         Journal.add = real
 
@@ -234,19 +233,19 @@ def test_another_recipe_or_source_does_not_resume(small, tmp_path):
     shutil.copytree(small, source)
     stop_after_first_block(source, out, FAST)
     with pytest.raises(ValueError, match=r"recipe.pattern was '2:4', now '0.5'.*--fresh"):
-        slr.compress(source, out, slr.Recipe(**FAST, pattern="0.5"))
+        slr.compress(source, slr.Recipe(**FAST, pattern="0.5"), out=out)
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"source.model.safetensors was"):
-        slr.compress(source, out, slr.Recipe(**FAST))
-    slr.compress(source, out, slr.Recipe(**FAST), resume=False)
+        slr.compress(source, slr.Recipe(**FAST), out=out)
+    slr.compress(source, slr.Recipe(**FAST), out=out, resume=False)
     assert out.is_dir()
 
 
 def test_two_runs_do_not_share_a_folder(small, tmp_path):
     with Journal(tmp_path / "out", {}), pytest.raises(ValueError, match="in use by another run"):
-        slr.compress(small, tmp_path / "out", slr.Recipe(**FAST))
+        slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "out")
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(small, tmp_path):
@@ -270,7 +269,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(small, tmp_path):
 def test_too_small_a_disk_is_said_beforehand(small, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(OSError, match="will need about"):
-        slr.compress(small, tmp_path / "out", slr.Recipe(**FAST))
+        slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -322,7 +321,7 @@ def test_bad_sources_are_named_and_nothing_is_written(small, tmp_path, how, says
     spoil(source, how)
     before = hashes(source)
     with pytest.raises(ValueError, match=re.escape(says)):
-        slr.compress(source, tmp_path / "out", slr.Recipe(**DATA))
+        slr.compress(source, slr.Recipe(**DATA), out=tmp_path / "out")
     assert hashes(source) == before
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
@@ -338,20 +337,20 @@ def test_bad_sources_are_named_and_nothing_is_written(small, tmp_path, how, says
 def test_bad_places_are_named(small, tmp_path, model, out, says):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=re.escape(says)):
-        slr.compress(model or small, tmp_path / out, slr.Recipe(**FAST))
+        slr.compress(model or small, slr.Recipe(**FAST), out=tmp_path / out)
 
 
 def test_a_data_free_recipe_needs_no_tokenizer(small, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(small, source)
     spoil(source, "tokenizer")
-    slr.compress(source, tmp_path / "out", slr.Recipe(**FAST))
+    slr.compress(source, slr.Recipe(**FAST), out=tmp_path / "out")
     assert slr.load(tmp_path / "out") is not None
 
 
 def test_skipped_layers_stay_as_they_were(small, tmp_path):
     recipe = slr.Recipe(**FAST, skip=["*.down_proj"], overrides={"*.q_proj": {"rank": 4}})
-    slr.compress(small, tmp_path / "out", recipe)
+    slr.compress(small, recipe, out=tmp_path / "out")
     loaded, dense = slr.load(tmp_path / "out"), slr.load(small)
     down = loaded.model.layers[0].mlp.down_proj
     assert isinstance(down, torch.nn.Linear)
@@ -365,7 +364,7 @@ def test_exports_compute_the_same(small, tmp_path):
 
     ids = torch.randint(4096, (2, 20))
     recipe = slr.Recipe(**FAST, overrides={"*.q_proj": {"rank": 4}, "*.o_proj": {"refine": "none"}})
-    slr.compress(small, tmp_path / "a", recipe)
+    slr.compress(small, recipe, out=tmp_path / "a")
     for form in ("peft", "dense"):
         export(tmp_path / "a", tmp_path / form, form)
     for dtype in (torch.float32, torch.bfloat16):
@@ -395,7 +394,7 @@ def test_exports_compute_the_same(small, tmp_path):
     ],
 )
 def test_bad_exports_are_named(small, tmp_path, options, says):
-    slr.compress(small, tmp_path / "pruned", slr.Recipe(prune="magnitude", refine="none"))
+    slr.compress(small, slr.Recipe(prune="magnitude", refine="none"), out=tmp_path / "pruned")
     model = small if options.get("model") == "dense" else tmp_path / "pruned"
     with pytest.raises(ValueError, match=re.escape(says)):
         export(model, tmp_path / "out", options["to"])
@@ -405,7 +404,7 @@ def test_bad_exports_are_named(small, tmp_path, options, says):
 def test_lm_eval_scores_all_forms_alike(small, tmp_path):
     from peft import PeftModel
 
-    from slr.evaluate import tasks
+    from slr.evaluate.harness import tasks
 
     draw = random.Random(0)
     words = slr.data.corpus("validation")[:4000].split()
@@ -425,7 +424,7 @@ def test_lm_eval_scores_all_forms_alike(small, tmp_path):
         'doc_to_text: "{{text}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\n'
         "metric_list:\n  - metric: acc\n"
     )
-    slr.compress(small, tmp_path / "a", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "a")
     export(tmp_path / "a", tmp_path / "peft", "peft")
     export(tmp_path / "a", tmp_path / "dense", "dense")
     tokenizer = slr.load_tokenizer(tmp_path / "a")
@@ -449,7 +448,7 @@ def test_two_ranks_give_what_one_gives(small, tmp_path):
     slr.load(small, dtype=torch.float32).save_pretrained(tmp_path / "source")
     for file in small.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "source")
-    slr.compress(tmp_path / "source", tmp_path / "one", slr.Recipe(**{**DATA, "samples": 4}))
+    slr.compress(tmp_path / "source", slr.Recipe(**{**DATA, "samples": 4}), out=tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     torchrun += ["--master-port", str(random.Random(os.getpid()).randint(20000, 60000))]
     args = command(tmp_path / "source", tmp_path / "two", **{**DATA, "samples": 4})[1:]
@@ -465,14 +464,15 @@ def test_two_ranks_give_what_one_gives(small, tmp_path):
 def test_an_error_on_one_rank_stops_all(small, tmp_path):
     code = """
 import sys, slr
-from slr import layers as module, ranks
+from slr.model import block as module
+from slr.model import distributed
 real = module.compress_layer
 def broken(*args, **options):
-    if ranks.rank() == 1:
+    if distributed.rank() == 1:
         raise RuntimeError("rank 1 is broken")
     return real(*args, **options)
 module.compress_layer = broken
-slr.compress(sys.argv[1], sys.argv[2], slr.Recipe(prune="magnitude", iterations=2))
+slr.compress(sys.argv[1], slr.Recipe(prune="magnitude", iterations=2), out=sys.argv[2])
 """
     (tmp_path / "run.py").write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -487,7 +487,7 @@ slr.compress(sys.argv[1], sys.argv[2], slr.Recipe(prune="magnitude", iterations=
 
 
 def test_deepcopy_and_grad_still_work(small, tmp_path):
-    slr.compress(small, tmp_path / "a", slr.Recipe(**FAST))
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "a")
     model = slr.load(tmp_path / "a", dtype=torch.float32)
     twin = copy.deepcopy(model)
     ids = torch.randint(4096, (1, 8))
@@ -502,7 +502,7 @@ def test_the_page_on_the_format_reads_it_by_hand(tmp_path, monkeypatch):
 
     page = (Path(__file__).parent.parent / "book" / "format.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", page, re.S)[1]
-    slr.compress("tiny", tmp_path / "small", slr.Recipe(**FAST))
+    slr.compress("tiny", slr.Recipe(**FAST), out=tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(code, found)

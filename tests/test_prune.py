@@ -5,7 +5,7 @@ import torch
 from helpers import realistic
 
 import slr
-from slr.prune import METHODS
+from slr.matrix.pruning import METHODS
 
 W = realistic(16, 24)
 NORM = torch.rand(24) + 0.1

@@ -4,7 +4,7 @@ import re
 import pytest
 
 import slr
-from slr.statistics import GramStatistic, NormStatistic
+from slr.matrix.statistics import GramStatistic, NormStatistic
 
 NAME = "model.layers.3.self_attn.q_proj"
 

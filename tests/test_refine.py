@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slr
-from slr.lowrank import ritz, truncated_svd
-from slr.refine import SCHEDULES, SOLVERS, ramp
+from slr.matrix.lowrank import ritz, truncated_svd
+from slr.matrix.refinement import SCHEDULES, SOLVERS, ramp
 
 SHAPES = [(64, 64), (96, 48), (48, 96)]
 
@@ -193,7 +193,7 @@ def test_row_blocks_do_not_change_the_answer(monkeypatch):
     W = realistic(40, 32)
     mask = slr.prune(W, "magnitude", "2:4").mask
     whole = slr.refine(W, mask, 4)
-    monkeypatch.setattr(sys.modules["slr.filled"], "BLOCK", {"cpu": 17 * 32})
+    monkeypatch.setattr(sys.modules["slr.matrix.filled"], "BLOCK", {"cpu": 17 * 32})
     blocks = slr.refine(W, mask, 4)
     assert torch.allclose(whole.dense(), blocks.dense(), atol=1e-4)
 

@@ -7,9 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import slr
-from slr import reproduce
 from slr.cli import app
-from slr.reproduce import Spec
+from slr.evaluate.reproduction import Spec
 
 LIMIT = {"limit": 3, "seqlen": 48}
 

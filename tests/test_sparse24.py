@@ -15,9 +15,10 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import slr
-from slr import backends, sparse24
-from slr.backends import Machine, choose
-from slr.packing import keep, pack_mask, unpack
+from slr.layer import backends, sparse24
+from slr.layer.backends import Machine, choose
+from slr.layer.bits import pack_mask
+from slr.layer.packing import keep, unpack
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPE = (4096, 11008)
@@ -247,7 +248,7 @@ def cores(monkeypatch):
 
 def pretend(monkeypatch, where):
     """Take tensors on the CPU for tensors on `where`."""
-    monkeypatch.setattr("slr.linear.machine", lambda device: where)
+    monkeypatch.setattr("slr.layer.linear.machine", lambda device: where)
 
 
 CORES = [("cutlass", AMPERE), ("cusparselt", HOPPER)]
@@ -348,7 +349,9 @@ def test_autocast_leaves_the_sparse_cores(cores, monkeypatch):
 
 def test_a_checkpoint_goes_straight_to_the_packed_layer(small, tmp_path):
     """Loaded, a 2:4 model in bfloat16 takes at most 0.65 of its dense linears, after use too."""
-    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", pattern="2:4", iterations=2))
+    slr.compress(
+        small, slr.Recipe(prune="magnitude", pattern="2:4", iterations=2), out=tmp_path / "a"
+    )
     model = slr.load(tmp_path / "a")
     with torch.no_grad():
         model(torch.randint(4096, (2, 20)))
@@ -370,7 +373,9 @@ def test_a_checkpoint_goes_straight_to_the_packed_layer(small, tmp_path):
 
 
 def test_a_dense_copy_is_loaded_on_request(small, tmp_path):
-    slr.compress(small, tmp_path / "a", slr.Recipe(prune="magnitude", pattern="2:4", iterations=2))
+    slr.compress(
+        small, slr.Recipe(prune="magnitude", pattern="2:4", iterations=2), out=tmp_path / "a"
+    )
     packed, cached = slr.load(tmp_path / "a"), slr.load(tmp_path / "a", cache=True)
     ids = torch.randint(4096, (2, 20))
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import activations
 
-from slr.statistics import GramStatistic, NormStatistic
+from slr.matrix.statistics import GramStatistic, NormStatistic
 
 X = activations(300, 8)
 

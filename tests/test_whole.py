@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slr
+from slr.checkpoint.journal import Journal
+from slr.checkpoint.whole import compress_whole
 from slr.cli import app
-from slr.journal import Journal
-from slr.methods.whole import compress_whole
 
 QUICK = {"steps": 3, "samples": 4, "seqlen": 32}
 
@@ -89,7 +89,7 @@ def test_nothing_is_left_of_what_cannot_be_done(small, tmp_path, method, monkeyp
     ):
         with pytest.raises(ValueError, match=says):
             compress_whole(small, tmp_path / "out", method, **options)
-    monkeypatch.setattr("slr.ranks.world", lambda: 2)
+    monkeypatch.setattr("slr.model.distributed.world", lambda: 2)
     with pytest.raises(ValueError, match="one process, not in 2"):
         compress_whole(small, tmp_path / "out", method, **QUICK)
     assert not list(tmp_path.iterdir())
@@ -101,15 +101,15 @@ def test_induction_is_stored_and_resumed_with_its_block(small, tmp_path, monkeyp
     recipe = slr.Recipe(prepare="induction", prune="magnitude", iterations=2, samples=3, seqlen=32)
     assert recipe.statistic is None
     assert recipe.needs_data
-    slr.compress(small, tmp_path / "calm", recipe)
+    slr.compress(small, recipe, out=tmp_path / "calm")
     norm = "model.layers.0.input_layernorm.weight"
     stored = load_file(tmp_path / "calm" / "model-00001-of-00003.safetensors")[norm]
     assert not torch.equal(stored, load_file(small / "model.safetensors")[norm])
     with monkeypatch.context() as patch:
         stop_at("model-00002", patch)
         with pytest.raises(KeyboardInterrupt):
-            slr.compress(small, tmp_path / "out", recipe)
-    slr.compress(small, tmp_path / "out", recipe)
+            slr.compress(small, recipe, out=tmp_path / "out")
+    slr.compress(small, recipe, out=tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
     with pytest.raises(ValueError, match="needs calibration windows"):
         slr.compress_model(slr.load(small), recipe)
@@ -132,7 +132,7 @@ def test_induction_scales_no_rows_before_a_pruner_that_compares_them(small, tmp_
         )
     ):
         seen.clear()
-        slr.compress(small, tmp_path / str(number), slr.Recipe(**data, **recipe))
+        slr.compress(small, slr.Recipe(**data, **recipe), out=tmp_path / str(number))
         assert len(seen) == 2
         assert all(("value" not in options.fixed) == scaled for options in seen)
         assert {options.pattern for options in seen} == {recipe["pattern"]}
@@ -141,13 +141,13 @@ def test_induction_scales_no_rows_before_a_pruner_that_compares_them(small, tmp_
 def test_induction_is_refused_before_anything_is_written(small, tmp_path, monkeypatch):
     recipe = slr.Recipe(prepare="induction", prune="magnitude", samples=3, seqlen=32)
     with monkeypatch.context() as patch:
-        patch.setattr("slr.ranks.world", lambda: 2)
+        patch.setattr("slr.model.distributed.world", lambda: 2)
         with pytest.raises(ValueError, match="works in one process, not in 2"):
-            slr.compress(small, tmp_path / "out", recipe)
+            slr.compress(small, recipe, out=tmp_path / "out")
     family("opt", tmp_path / "opt", True)
     shutil.copy(small / "tokenizer.json", tmp_path / "opt")
     with pytest.raises(ValueError, match="OPT"):
-        slr.compress(tmp_path / "opt", tmp_path / "out", recipe)
+        slr.compress(tmp_path / "opt", recipe, out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"opt"}
 
 
@@ -198,7 +198,7 @@ def test_a_method_with_the_wrong_options_is_one_line(tmp_path, options, says):
 def test_a_loaded_two_four_model_holds_its_linears_packed(tmp_path):
     """The embedded model, bfloat16, rank 1/32 of its width: at most 0.65 of the dense bytes."""
     recipe = slr.Recipe(prune="magnitude", pattern="2:4", iterations=1)
-    slr.compress("tiny", tmp_path / "out", recipe)
+    slr.compress("tiny", recipe, out=tmp_path / "out")
     model = slr.load(tmp_path / "out")
     layers = [m for m in model.modules() if isinstance(m, slr.SLRLinear)]
     model(torch.arange(24).view(1, 24))  # nothing dense is kept from a forward pass either

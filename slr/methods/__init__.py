@@ -1,1 +1,4 @@
-"""Systems of the literature built from the package's parts, one a module."""
+"""SYSTEMS that compress a whole model: block by block (the book's own), CAP, LoSparse, induction.
+
+They know blocks and models, never folders.  Imports ``model`` and below.
+"""

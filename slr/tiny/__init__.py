@@ -2,7 +2,7 @@
 
 ``slr/tiny/model`` is a normal Hugging Face checkpoint (bfloat16 safetensors and a
 byte-level BPE tokenizer); ``slr/tiny/README.md`` is its model card and
-:mod:`slr.tiny.train` the program that made it.
+:mod:`examples.train_tiny` the program that made it.
 """
 
 from pathlib import Path

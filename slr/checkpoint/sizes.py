@@ -1,0 +1,183 @@
+"""How large a model is, or will be: by its configuration, by its files, by what it says of itself.
+
+Book: chapters 1 and 9.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from slr.checkpoint.folder import resolve
+from slr.matrix.accounting import Account, matrix_account
+from slr.matrix.patterns import Pattern
+from slr.model.blocks import decoder_blocks
+from slr.model.recipe import Recipe
+from slr.model.stream import Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Summary", "check_space", "checkpoint_account", "megabytes", "model_account"]
+
+
+def model_account(
+    config: PreTrainedConfig | str | Path,
+    pattern: str | float | Pattern | None = None,
+    rank: int = 0,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    storage: str = "dense",
+) -> Account:
+    """The account of a whole model: linears of its decoder blocks as asked, all else dense.
+
+    Args:
+        config: a transformers configuration, ``"tiny"``, or a checkpoint folder.
+        pattern, rank, dtype, storage: of the linears of decoder blocks, as for
+            :func:`~slr.matrix.accounting.matrix_account`.
+
+    Cost: the model is built without weights.  FLOPs leave out attention itself, which grows with
+    the context; a token reads one row of the embedding.
+
+    >>> from transformers import LlamaConfig
+    >>> round(model_account(LlamaConfig()).parameters)  # the defaults are LLaMA-7B
+    6738415616
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(config, str | Path):
+        config = AutoConfig.from_pretrained(resolve(config), local_files_only=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    inside = {
+        id(layer.weight)
+        for block in decoder_blocks(skeleton)
+        for layer in block.modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    embedding = skeleton.get_input_embeddings().weight
+    tied = skeleton.get_output_embeddings().weight is embedding
+    width = dtype.itemsize
+    total = Account()
+    for weight in skeleton.parameters():
+        count = weight.numel()
+        if id(weight) in inside:
+            shape = (weight.shape[0], weight.shape[1])
+            total += matrix_account(shape, pattern, rank, dtype=dtype, storage=storage)
+        elif weight is embedding and not tied:
+            row = weight.shape[1] * width
+            total += Account(count, count, count * width, 0, row)
+        else:
+            flops = 2 * count if weight.ndim == 2 else 0
+            total += Account(count, count, count * width, flops, count * width)
+    return total
+
+
+def checkpoint_account(folder: str | Path) -> dict[str, float]:
+    """Counted from the files of a checkpoint, dense or compressed, one tensor at a time.
+
+    Returns:
+        ``{"bytes", "values", "nonzero"}``: bytes of all tensors, their floating-point values, and
+        how many of those are not zero.
+
+    Raises:
+        ValueError: no checkpoint.
+
+    Cost: reads every file once.
+
+    >>> tiny = checkpoint_account("tiny")
+    >>> int(tiny["values"])
+    5868800
+    """
+    found = {"bytes": 0.0, "values": 0.0, "nonzero": 0.0}
+    for file in sorted(resolve(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                value = tensors.get_tensor(name)
+                found["bytes"] += value.nbytes
+                if value.is_floating_point():
+                    found["values"] += value.numel()
+                    found["nonzero"] += int(value.count_nonzero())
+    return found
+
+
+def check_space(stream: Stream, plan: list[dict[str, Recipe]], out: str | Path) -> None:
+    """Raise OSError unless the disk has room for the compressed folder.
+
+    Args:
+        stream: the source.
+        plan: resolved recipe of each layer of each block.
+        out: folder to be made, in the parent of which room is needed.
+    """
+    need = sum(f.stat().st_size for f in set(stream.files.where.values()))
+    for index, layers in enumerate(plan):
+        block = stream.block(index)[1]
+        for name, recipe in layers.items():
+            m, n = block.get_parameter(f"{name}.weight").shape
+            dense = matrix_account((m, n), dtype=stream.dtype)
+            small = matrix_account(
+                (m, n), recipe.pattern, recipe.rank or 0, dtype=stream.dtype, storage="bitmask"
+            )
+            need -= int(dense.bytes - small.bytes)
+    parent = Path(out).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    part = Path(out).with_name(f"{Path(out).name}.partial")
+    done = sum(file.stat().st_size for file in part.glob("*.safetensors"))
+    free = shutil.disk_usage(parent).free + done
+    if need > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{out} will need about {need / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free",
+        )
+
+
+def megabytes(folder: Path) -> float:
+    """MB (10⁶ bytes) of the safetensors files of a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+
+
+class Summary(NamedTuple):
+    """The layers of a compressed model in numbers.
+
+    Attributes:
+        dense: parameters of the layers before.
+        kept: now, entries of S and of the factors.
+        kinds: by the last part of the layers' names, and ``"all"``: ``number``, ``ranks``, and the
+            means of ``pruned_error``, ``error`` and ``output_error`` (``None`` if unknown).
+    """
+
+    dense: int
+    kept: int
+    kinds: dict[str, dict]
+
+    @classmethod
+    def of(cls, layers: dict[str, dict]) -> Summary:
+        """Of what a compressed folder says of its layers, by name.
+
+        >>> layer = {"shape": [4, 4], "kept": 8, "rank": 1, "pruned_error": 0.4, "error": 0.2}
+        >>> found = Summary.of({"model.layers.0.mlp.up_proj": layer | {"output_error": None}})
+        >>> found.kept, found.kinds["up_proj"]["error"]
+        (16, 0.2)
+        """
+        groups = defaultdict(list)
+        for name, layer in layers.items():
+            groups[name.rpartition(".")[2]].append(layer)
+            groups["all"].append(layer)
+        groups["all"] = groups.pop("all")
+        table = {}
+        for kind, members in groups.items():
+            row: dict = {"number": len(members), "ranks": sorted({m["rank"] for m in members})}
+            for key in ("pruned_error", "error", "output_error"):
+                values = [m[key] for m in members if m[key] is not None]
+                row[key] = sum(values) / len(values) if values else None
+            table[kind] = row
+        dense = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+        kept = sum(la["kept"] + la["rank"] * sum(la["shape"]) for la in layers.values())
+        return cls(dense, kept, table)

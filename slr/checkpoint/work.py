@@ -1,0 +1,151 @@
+"""What every compression of a folder begins with: source, windows, key, room on the disk, journal.
+
+Book: the page on the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slr.checkpoint.finish import complete
+from slr.checkpoint.folder import context, fingerprint, load_tokenizer, resolve
+from slr.checkpoint.journal import Journal
+from slr.checkpoint.sizes import check_space
+from slr.methods.blockwise import plan_layers
+from slr.methods.system import System
+from slr.model import data, distributed, hf
+from slr.model.block import LayerReport
+from slr.model.recipe import Recipe
+from slr.model.stream import Stream
+
+__all__ = ["Work", "begin", "calibration_windows"]
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One compression of a folder into another.
+
+    Attributes:
+        name: of the source, as it was given.
+        stream: the source.
+        windows: calibration token windows, if the method reads data.
+        calibration: what to record of them.
+        method: what to do; a recipe has a definite rank.
+        plan: recipe of each layer of each block; empty for a system.
+        journal: of the folder that is made; open.
+    """
+
+    name: str
+    stream: Stream
+    windows: Tensor | None
+    calibration: dict | None
+    method: Recipe | System
+    plan: list[dict[str, Recipe]]
+    journal: Journal
+
+    def finish(self, reports: list[LayerReport]) -> None:
+        """Write what is left to write, and let the folder appear."""
+        told = hf.notes(self.name, self.method.as_dict(), self.calibration, reports)
+        complete(self.stream, self.journal, told)
+
+
+@contextmanager
+def begin(
+    model: str | Path,
+    out: str | Path,
+    method: Recipe | System,
+    *,
+    calibration: str | Path | Tensor | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+) -> Iterator[Work]:
+    """Look at everything before anything is written, and open the journal.
+
+    Args:
+        model: ``"tiny"``, a folder or a name on the hub.
+        out: folder to make.
+        method: a recipe, or a system.
+        calibration: text by name or path, or token windows; the embedded text when ``None``.
+        device: where to compute.
+        resume: go on with what a run that was stopped left.
+
+    Raises:
+        ValueError: anything that does not fit, or a calibration text that nothing reads.
+        OSError: no room.
+    """
+    distributed.start(device)
+    source = resolve(model)
+    stream = Stream(source, device)
+    if stream.about is not None:
+        raise ValueError("the model is compressed already; give its dense source")
+    layers: list[dict[str, Recipe]] = []
+    if isinstance(method, Recipe):
+        hidden_size = stream.config.hidden_size
+        method = method.resolved(hidden_size)
+        layers = plan_layers(stream.model, method, hidden_size)
+    elif distributed.world() > 1:
+        raise ValueError(f"{method.name} works in one process, not in {distributed.world()}")
+    windows, text = calibration_windows(source, method, calibration)
+    key = {
+        "source": {"name": str(model), **fingerprint(source)},
+        "recipe": method.as_dict(),
+        "calibration": text,
+    }
+    check_space(stream, layers, out)
+    with distributed.first(Journal(out, key, resume)) as journal:
+        yield Work(str(model), stream, windows, text, method, layers, journal)
+
+
+def calibration_windows(
+    folder: Path | None, method: Recipe | System, text: str | Path | Tensor | None = None
+) -> tuple[Tensor | None, dict | None]:
+    """Token windows for a method, and what to record of them; neither if it reads no data.
+
+    Args:
+        folder: of the model, for its tokenizer and longest context.
+        method: with ``samples``, ``seqlen`` and ``seed``.
+        text: as for :func:`slr.model.data.calibration`, or token windows (count, seqlen); the
+            embedded text when ``None``.
+
+    Raises:
+        ValueError: not enough text, windows of another shape, a text that is not read, or one
+            that needs a tokenizer that is not there.
+    """
+    if not method.needs_data:
+        if text is not None:
+            told = "token windows" if isinstance(text, Tensor) else repr(str(text))
+            raise ValueError(f"calibration={told} has no effect: {method!r} reads no data")
+        return None, None
+    if isinstance(text, Tensor):
+        windows, name = _checked(text), "token windows"
+    else:
+        name = EMBEDDED if text is None else str(text)
+        if folder is None:
+            raise ValueError(
+                f"calibration={name!r} needs the model's tokenizer, but a loaded model does not "
+                "say where it is; give token windows, see slr.data.calibration"
+            )
+        seqlen = context(folder) if method.seqlen is None else method.seqlen
+        windows = data.calibration(
+            name, load_tokenizer(folder), seqlen, method.samples or 1, method.seed
+        )
+    digest = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()
+    count, seqlen = windows.shape
+    return windows, {"text": name, "windows": count, "seqlen": seqlen, "sha256": digest}
+
+
+def _checked(windows: Tensor) -> Tensor:
+    if windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):
+        raise ValueError(f"windows have shape {tuple(windows.shape)}; they must be (count, seqlen)")
+    if windows.is_floating_point() or windows.dtype == torch.bool:
+        raise TypeError(f"windows have dtype {windows.dtype}; they must be token numbers (int64)")
+    return windows.long()

@@ -1,0 +1,121 @@
+"""A compressed folder beside its source: dense, pruned but not repaired, and as it is.
+
+Book: chapter 9.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from slr.checkpoint.folder import about, load, resolve
+from slr.checkpoint.work import calibration_windows
+from slr.evaluate.likelihood import perplexity
+from slr.layer.linear import SLRLinear
+from slr.methods.blockwise import compress_model
+from slr.model.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["compare", "prune_again"]
+
+# What a result is called; else refined.
+REPAIRED = {
+    "none": "pruned", "svd": "SVD repair", "eora": "EoRA repair", "cap": "CAP",
+    "losparse": "LoSparse",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def prune_again(dense: PreTrainedModel, compressed: nn.Module, notes: dict, source: Path) -> bool:
+    """Make of a dense model, in place, what pruning alone makes of it: what a repair has to beat.
+
+    A pruner that moves no weight has left the dense ones on the masks of the result.  Otherwise
+    (SparseGPT, a mask chosen anew, a block that was rescaled first) the pruning is done again, on
+    the same calibration windows.
+
+    Args:
+        dense: the source, loaded in its own dtype.
+        compressed: the result, loaded.
+        notes: what its folder says of itself.
+        source: folder of the source, for its tokenizer.
+
+    Returns:
+        Whether it could be done: not if the calibration text is not here, or not what it was.
+    """
+    recipe = Recipe.from_dict(notes["recipe"])
+    if recipe.keeps_weights:
+        for name, layer in compressed.named_modules():
+            if isinstance(layer, SLRLinear):
+                dense.get_parameter(f"{name}.weight").mul_(layer.mask)
+        return True
+    alone, windows = recipe.pruned_only(), None
+    if alone.needs_data:
+        told = notes["calibration"]
+        try:
+            windows, now = calibration_windows(source, recipe, told["text"])
+        except (ValueError, RuntimeError):
+            return False
+        if now is None or now["sha256"] != told["sha256"]:
+            return False
+    compress_model(dense, alone, windows)
+    return True
+
+
+def compare(
+    folder: str | Path,
+    windows: Tensor,
+    *,
+    source: bool = True,
+    stream: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Perplexity of a compressed folder beside its source, dense, and pruned but not repaired.
+
+    Args:
+        folder: of a compressed model; of a dense one, its perplexity alone is given.
+        windows: token windows (count, seqlen).
+        source: whether to look for the source at all.
+        stream: one decoder block at a time; then without the pruned model.
+        device: where to compute.
+        dtype: to compute in.
+        progress: show bars on standard error.
+
+    Returns:
+        By name: ``"dense"`` and ``"pruned"``, if the source (and, where pruning has to be done
+        again, its calibration text) is there, and the repair's.
+    """
+    folder = resolve(folder)
+    notes = about(folder)
+    name = "dense" if notes is None else REPAIRED.get(notes["recipe"]["refine"], "refined")
+    values: dict[str, float] = {}
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+
+    def measured(model: Any, label: str, **more: Any) -> float:
+        return perplexity(model, windows, progress=label if progress else None, **more)
+
+    origin = None
+    if notes is not None and source:
+        with suppress(ValueError):
+            origin = resolve(notes["source"], download=False)
+    if stream:
+        if origin is not None:
+            values["dense"] = measured(origin, "dense", stream=True, **options)
+        return {**values, name: measured(folder, name, stream=True, **options)}
+    loaded: nn.Module = load(folder, dtype=dtype)
+    if notes is not None and origin is not None:
+        values["dense"] = measured(origin, "dense", **options)
+        if notes["recipe"]["refine"] != "none" and "prune" in notes["recipe"]:
+            pruned = load(origin)
+            if prune_again(pruned, loaded, notes, origin):
+                values["pruned"] = measured(nn.Module.to(pruned, device, dtype), "pruned")
+            del pruned
+    nn.Module.to(loaded, device)
+    return {**values, name: measured(loaded, name)}

@@ -1,0 +1,232 @@
+"""A published table, one cell at a time: every mask × repair × sparsity of a model's perplexity.
+
+A :class:`Spec` (``results/specs/NAME.json``) says what the table is; :func:`reproduce` fills it.
+Each cell is one small JSON file with the number and all that decided it, so that a run may be
+stopped at any time, goes on where it was, and never measures a cell twice.  The model is streamed:
+a block is read, pruned and repaired, passes on its calibration and evaluation inputs, and is
+forgotten, so nothing is written but the number.
+
+Book: chapters 9 and 10.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slr.checkpoint.folder import context, fingerprint, load_tokenizer, resolve
+from slr.checkpoint.journal import write_atomically
+from slr.checkpoint.work import calibration_windows
+from slr.evaluate.likelihood import streamed_perplexity
+from slr.evaluate.origin import provenance
+from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
+from slr.methods.blockwise import plan_layers, prepare_block
+from slr.model import data
+from slr.model.block import LayerReport, compress_block
+from slr.model.calibrate import first_inputs
+from slr.model.recipe import Recipe
+from slr.model.stream import Stream
+
+__all__ = [
+    "REPAIRS",
+    "Cell",
+    "Spec",
+    "as_text",
+    "grid",
+    "measure",
+    "published",
+    "reproduce",
+    "specs",
+    "suggested_model",
+]
+
+
+def suggested_model() -> str:
+    """A hub model for this machine: LLaMA-7B with 14 GB of GPU memory, else one of 135M."""
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 14e9:
+        return "huggyllama/llama-7b"
+    return "HuggingFaceTB/SmolLM2-135M"
+
+
+def grid(spec: Spec, out: str | Path) -> dict[str, dict[str, float]]:
+    """The measured numbers that are there: row -> column -> perplexity, in table order."""
+    found: dict[str, dict[str, float]] = {row: {} for row in spec.rows}
+    for cell in spec.cells():
+        file = cell.file(Path(out))
+        if file.is_file():
+            told = json.loads(file.read_text(encoding="utf-8"))
+            found[cell.row][cell.column] = told["perplexity"]
+    return {
+        row: {c: cells[c] for c in ("dense", *spec.columns) if c in cells}
+        for row, cells in found.items()
+        if cells
+    }
+
+
+@torch.no_grad()
+def measure(
+    folder: Path,
+    recipe: Recipe | None,
+    windows: Tensor,
+    calibration: Tensor | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: str | None = None,
+) -> tuple[float, list[LayerReport]]:
+    """Perplexity of a checkpoint compressed by a recipe, in one pass over its blocks.
+
+    Args:
+        folder: of the dense checkpoint.
+        recipe: ``None`` leaves it dense.
+        windows: to evaluate on, int64 (count, seqlen).
+        calibration: windows, for a recipe that needs data.
+        device: where to compute.
+        dtype: of the weights.
+        progress: label of a bar over the blocks, on standard error.
+
+    Returns:
+        The perplexity, and one :class:`~slr.model.block.LayerReport` for each layer.
+
+    Raises:
+        ValueError: as :func:`slr.checkpoint.compression.compress_model`.
+
+    Cost: as compressing and evaluating; memory for one block, and the hidden states of all
+        windows, on disk when large.
+    """
+    stream = Stream(folder, device, dtype)
+    stream.fill_outside()
+    if recipe is None:
+        return streamed_perplexity(stream, windows, progress=progress), []
+    recipe = recipe.resolved(stream.config.hidden_size)
+    plan = plan_layers(stream.model, recipe, stream.config.hidden_size)
+    reports: list[LayerReport] = []
+    with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
+        observed = None
+        if recipe.needs_data:
+            if calibration is None:
+                raise ValueError(f"{recipe!r} needs calibration windows")
+            observed = first_inputs(stream.model, calibration, folder=Path(scratch))
+
+        def change(index: int, name: str, block: nn.Module) -> None:
+            seed = recipe.seed + len(reports)
+            prepare_block(block, index, recipe, observed)
+            reports.extend(compress_block(name, block, index, plan[index], observed, seed=seed))
+
+        value = streamed_perplexity(
+            stream, windows, progress=progress, calibration=observed, change=change
+        )
+    return value, reports
+
+
+def reproduce(
+    spec: Spec,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    rows: Sequence[str] = ("*",),
+    columns: Sequence[str] = (),
+    device: str = "cpu",
+    fresh: bool = False,
+    progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Measure the cells of a table that are not there yet.
+
+    Args:
+        spec: the table.
+        out: folder of the cells, one JSON file each.
+        model: another checkpoint to fill the same table for.
+        rows, columns: a part of the table, as :meth:`Spec.cells`.
+        device: where to compute.
+        fresh: measure again what is there.
+        progress: bars on standard error.
+
+    Returns:
+        :func:`grid` of all that is there now.
+
+    Raises:
+        ValueError: an unknown row or column, a model that does not fit, or a cell that is there
+            but was measured differently.
+    """
+    out = Path(out)
+    folder = resolve(model or spec.model)
+    seqlen = context(folder, most=spec.seqlen)
+    short = min(seqlen, spec.recipe.get("seqlen", seqlen))
+    spec = replace(spec, model=model or spec.model, recipe={**spec.recipe, "seqlen": short})
+    cells = list(spec.cells(rows, columns))
+    tokenizer = load_tokenizer(folder)
+    windows = data.windows(data.load_text(spec.text), tokenizer, seqlen, spec.limit)
+    dtype = getattr(torch, spec.dtype) if device == "cuda" else torch.float32
+    same = {
+        "model": {"name": spec.model, **fingerprint(folder)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "text": {"name": spec.text, **_digest(windows)},
+    }
+    drawn: tuple[Tensor | None, dict | None] | None = (
+        None  # calibration windows, once they are needed
+    )
+    with tqdm(total=len(cells), desc=spec.name, unit="cell", disable=not progress) as bar:
+        for cell in cells:
+            what: dict[str, Any] = {**same, "recipe": None, "calibration": None}
+            calibration = None
+            if cell.recipe is not None:
+                what["recipe"] = cell.recipe.as_dict()
+                if cell.recipe.needs_data:
+                    drawn = drawn or calibration_windows(folder, cell.recipe, spec.calibration)
+                    calibration, what["calibration"] = drawn
+            if fresh or not _there(cell.file(out), what):
+                started = time.perf_counter()
+                value, reports = measure(
+                    folder, cell.recipe, windows, calibration, device=device, dtype=dtype,
+                    progress=f"{cell.row} {cell.column}" if progress else None,
+                )  # fmt: skip
+                seconds = time.perf_counter() - started
+                about = {"seconds": seconds, "device": device, **provenance()}
+                told = {"row": cell.row, "column": cell.column, "perplexity": value}
+                for key in ("pruned_error", "error") if reports else ():
+                    told[key] = sum(getattr(r, key) for r in reports) / len(reports)
+                _write(cell.file(out), {**told, "what": what, "about": about})
+            bar.update()
+    return grid(spec, out)
+
+
+def _digest(windows: Tensor) -> dict:
+    count, seqlen = windows.shape
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return {"windows": count, "seqlen": seqlen, "sha256": digest}
+
+
+def _there(file: Path, what: dict) -> bool:
+    """Whether the cell was measured, and measured the same way."""
+    if not file.is_file():
+        return False
+    before, now = json.loads(file.read_text(encoding="utf-8"))["what"], json.loads(json.dumps(what))
+    if before.get("recipe"):  # files of earlier versions tell options without effect too
+        before["recipe"] = json.loads(json.dumps(Recipe.from_dict(before["recipe"]).as_dict()))
+    for name in now:
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"{file} was measured with another {name}; give another folder with --out, or "
+                "measure again with --fresh"
+            )
+    return True
+
+
+def _write(file: Path, told: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(told, indent=1) + "\n"
+    write_atomically(file, lambda path: _text(path, text))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,178 @@
+"""What a published table is: its model and protocol, its rows and columns, its numbers.
+
+A :class:`Spec` is read from ``results/specs/NAME.json``, the published numbers from
+``results/published``; :mod:`slr.evaluate.reproduction` measures them.
+
+Book: chapter 10.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from slr.model.recipe import Recipe
+
+__all__ = ["REPAIRS", "Cell", "Spec", "as_text", "published", "specs"]
+
+# What a row is called, by `Recipe.refine`; the cheapest first.
+REPAIRS = {
+    "none": "pruned",
+    "svd": "svd",
+    "weights": "refined",
+    "activations": "refined-activations",
+    "eora": "eora",
+    "pcp": "pcp",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: its row and column, and the recipe; no recipe is the dense model."""
+
+    row: str
+    column: str
+    recipe: Recipe | None
+
+    def file(self, out: Path) -> Path:
+        """Where its JSON is kept under `out`."""
+        return out / self.row.replace("/", "-") / f"{self.column.replace(':', '-')}.json"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A table to fill.
+
+    Attributes:
+        name: of the spec.
+        title: of the table.
+        model: ``"tiny"``, a folder, or a name on the Hugging Face hub.
+        dtype: of the weights on a GPU; a CPU computes in float32.
+        text: to evaluate on, as for :func:`slr.model.data.load_text`.
+        seqlen: tokens in a window.
+        limit: at most this many windows; ``None`` takes all.
+        calibration: as for :func:`slr.checkpoint.compression.compress`.
+        recipe: options of every recipe.
+        masks, repairs, columns: values of `Recipe.prune`, `.refine` and `.pattern`.
+        published: file of published numbers, if any.
+    """
+
+    name: str
+    title: str
+    model: str
+    dtype: str
+    text: str
+    seqlen: int
+    limit: int | None
+    calibration: str
+    recipe: dict[str, Any]
+    masks: Sequence[str]
+    repairs: Sequence[str]
+    columns: Sequence[str]
+    published: str | None = None
+
+    @classmethod
+    def read(cls, name: str) -> Spec:
+        """A spec by name, or from the path of a JSON file.
+
+        Raises:
+            ValueError: no such spec, or one that says something unknown.
+        """
+        path = Path(name)
+        if path.suffix == ".json" and path.is_file():
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        elif name in specs():
+            text = (resources.files("slr.specs") / f"{name}.json").read_text(encoding="utf-8")
+        else:
+            known = ", ".join(specs())
+            raise ValueError(f"table {name!r} is neither one of {known} nor a JSON file")
+        try:
+            spec = cls(name=name, **json.loads(text))
+            list(spec.cells())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"table {name!r}: {error}") from None
+        return spec
+
+    @property
+    def rows(self) -> list[str]:
+        """Names of the rows, in the order of the table."""
+        return ["dense", *(f"{m}/{REPAIRS[r]}" for m in self.masks for r in self.repairs)]
+
+    def cells(self, rows: Sequence[str] = ("*",), columns: Sequence[str] = ()) -> Iterator[Cell]:
+        """The cells of some rows and columns, the cheapest first.
+
+        Args:
+            rows: names, with ``*`` for anything: ``["magnitude/*", "dense"]``.
+            columns: patterns; all when empty.
+
+        Raises:
+            ValueError: a row or column that is not in the table.
+        """
+        for row in rows:
+            if not any(fnmatchcase(name, row) for name in self.rows):
+                raise ValueError(f"row {row!r} fits none of {', '.join(self.rows)}")
+        for column in columns:
+            if column not in self.columns:
+                raise ValueError(f"column {column!r} is none of {', '.join(self.columns)}")
+
+        def wanted(name: str) -> bool:
+            return any(fnmatchcase(name, row) for row in rows)
+
+        if wanted("dense"):
+            yield Cell("dense", "dense", None)
+        for repair in sorted(self.repairs, key=list(REPAIRS).index):
+            for mask in self.masks:
+                row = f"{mask}/{REPAIRS[repair]}"
+                for column in (
+                    c for c in self.columns if wanted(row) and (c in columns or not columns)
+                ):
+                    recipe = Recipe.fitting(
+                        prune=mask, refine=repair, pattern=column, **self.recipe
+                    )
+                    yield Cell(row, column, recipe)
+
+
+def specs() -> list[str]:
+    """Names of the specs that come with the package."""
+    found = resources.files("slr.specs").iterdir()
+    return sorted(file.name[:-5] for file in found if file.name.endswith(".json"))
+
+
+def published(spec: Spec) -> dict[str, dict[str, float]]:
+    """The published numbers of a table: row -> column -> perplexity; empty if there are none."""
+    if spec.published is None:
+        return {}
+    file = resources.files("slr.published") / spec.published
+    told = json.loads(file.read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, float]] = {"dense": {"dense": told["dense"]}}
+    for mask in spec.masks:
+        for repair, row in told.get(mask, {}).items():
+            rows[f"{mask}/{repair}"] = row
+    return rows
+
+
+def as_text(
+    measured: dict[str, dict[str, float]],
+    known: dict[str, dict[str, float]],
+    columns: Sequence[str],
+) -> str:
+    """A table of measured perplexities, each row above its published one.
+
+    >>> print(as_text({"dense": {"dense": 5.7}}, {"dense": {"dense": 5.68}}, ["2:4"]))
+    perplexity measured here             dense       2:4
+    dense                                 5.70
+      published                           5.68
+    """
+    names = ["dense", *columns]
+    lines = [f"{'perplexity measured here':<32}" + "".join(f"{name:>10}" for name in names)]
+    for row, cells in measured.items():
+        for label, values in ((row, cells), ("  published", known.get(row, {}))):
+            texts = [f"{values[name]:.2f}" if name in values else "" for name in names]
+            if any(texts):
+                lines.append((f"{label:<32}" + "".join(f"{x:>10}" for x in texts)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,338 @@
+"""One layer: y = S x + B (A x) + b, with S as it is stored.
+
+Book: chapters 5 and 15.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from slr.layer.backends import FEW, MANY, Choice, choose, machine, pack_for, sparse_cores
+from slr.layer.bits import pack_mask, unpack_mask
+from slr.layer.packing import check_packed
+from slr.layer.product import dense, sparse_linear
+from slr.layer.sparse24 import TWO_FOUR, check_two_four, is_two_four
+from slr.matrix.checks import check_mask, check_matrix
+from slr.matrix.patterns import NM, Pattern, parse
+from slr.matrix.result import Refined
+
+__all__ = ["SLRLinear"]
+
+
+class SLRLinear(nn.Module):
+    """A linear layer whose matrix is sparse + low rank.
+
+    Args:
+        weight: S (out, in), zero off the mask.
+        B, A: factors (out, k) and (k, in), k = 0 if left out.
+        bias: (out,).
+        mask: bool (out, in), True = kept; by default where `weight` is not zero, and for an n:m
+            pattern n of every m.
+        pattern: of the mask, for the record; 2:4 is checked.
+
+    Attributes:
+        values: the kept weights (kept,), row by row; what is trained of S.
+        bitmask: the mask, a bit an entry, uint8; see :mod:`slr.layer.packing`.
+        B, A, bias: as above; ``bias`` may be ``None``.
+        pattern: the :class:`~slr.matrix.patterns.Pattern` of the mask, or ``None``.
+        two_four: whether the mask keeps 2 of every 4.
+
+    State dicts hold ``values``, ``bitmask``, ``B``, ``A`` and ``bias``, as the files do.
+
+    Raises:
+        ValueError: shapes that do not fit, a weight that is not zero off its mask, or a 2:4
+            pattern whose mask does not keep 2 of every 4.
+
+    Cost of a forward pass: 2 · in · out + 2 k (in + out) FLOPs a token, and unpacking S once,
+        row block by row block.  Memory: packed.
+
+    >>> layer = SLRLinear(torch.eye(3), torch.ones(3, 1), torch.ones(1, 3))
+    >>> print(layer(torch.tensor([1.0, 2.0, 3.0])))
+    tensor([7., 8., 9.], grad_fn=<AddBackward0>)
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    cached: Tensor | None
+    form: Tensor | None  # what sparse tensor cores need beside values
+    bias: Tensor | None
+    two_four: bool
+    backend = "auto"
+    few = many = "dense"  # backends for up to FEW tokens, and for more
+    shared = True  # whether `form` follows when values change
+
+    def __init__(
+        self,
+        weight: Tensor,
+        B: Tensor | None = None,
+        A: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        pattern: str | Pattern | None = None,
+    ) -> None:
+        super().__init__()
+        check_matrix("weight", weight)
+        weight = weight.detach()
+        m, n = weight.shape
+        B = weight.new_zeros(m, 0) if B is None else B
+        A = weight.new_zeros(0, n) if A is None else A
+        if B.shape != (m, A.shape[0]) or A.shape[1] != n:
+            raise ValueError(
+                f"B has shape {tuple(B.shape)} and A {tuple(A.shape)}; for a weight of shape "
+                f"{(m, n)} they must be ({m}, k) and (k, {n})"
+            )
+        if bias is not None and bias.shape != (m,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({m},)")
+        self.pattern = None if pattern is None else parse(pattern)
+        if mask is None:
+            mask = weight != 0
+            if isinstance(self.pattern, NM):  # a kept weight may be zero
+                mask = self.pattern.select(mask.float())
+        check_mask(mask, weight)
+        if bool(weight[~mask].any()):
+            raise ValueError("weight is not zero off the mask")
+        self.values = nn.Parameter(weight[mask])
+        self.B = nn.Parameter(B)
+        self.A = nn.Parameter(A)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_buffer("bitmask", pack_mask(mask))
+        self._rooms()
+        self.check_()
+
+    @classmethod
+    def from_refined(
+        cls,
+        refined: Refined,
+        bias: Tensor | None = None,
+        *,
+        pattern: str | Pattern | None = None,
+    ) -> SLRLinear:
+        """The layer of a :class:`~slr.matrix.result.Refined` matrix.
+
+        Args:
+            refined: sparse (m, n), B (m, k), A (k, n), mask (m, n).
+            bias: (m,).
+            pattern: for the record.
+        """
+        S, B, A, _trace, mask = refined
+        return cls(S, B, A, bias, mask=mask, pattern=pattern)
+
+    @classmethod
+    def placeholder(
+        cls,
+        shape: tuple[int, int],
+        rank: int,
+        kept: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        pattern: str | Pattern | None = None,
+    ) -> SLRLinear:
+        """A layer to be filled by a loader, which calls :meth:`check_` when it has."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        m, n = shape
+
+        def room(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), False)
+
+        layer.values, layer.B, layer.A = room(kept), room(m, rank), room(rank, n)
+        layer.bias = room(m) if bias else None
+        bits = torch.empty((m * n + 7) // 8, dtype=torch.uint8, device=device)
+        layer.register_buffer("bitmask", bits)
+        layer._rooms()
+        layer.pattern = None if pattern is None else parse(pattern)
+        layer.two_four = False
+        return layer
+
+    def _rooms(self) -> None:
+        self.register_buffer("cached", None, persistent=False)
+        self.register_buffer("form", None, persistent=False)
+
+    def check_(self) -> SLRLinear:
+        """Look at values and bitmask after they have been set, and make ready; returns the layer.
+
+        Raises:
+            ValueError: they do not belong together, or are not of a 2:4 pattern that they should
+                be of.
+        """
+        check_packed(self.values.data, self.bitmask, self._shape)
+        if self.pattern == TWO_FOUR:
+            check_two_four(self.bitmask, self._shape)
+        self.two_four = is_two_four(self.bitmask, self._shape)
+        self.cached = None
+        self._prepare()
+        return self
+
+    def choice(self, tokens: int) -> Choice:
+        """The backend for so many tokens where the layer is now, and why.
+
+        Raises:
+            ValueError: one was named that cannot be used here.
+        """
+        where = machine(self.values.device)
+        dtype, named = self.values.dtype, self.backend
+        return choose(
+            self._shape, dtype, where, tokens, two_four=self.two_four, backend=named
+        )  # fmt: skip
+
+    def use_(self, backend: str) -> SLRLinear:
+        """Name the backend, or ``"auto"``; returns the layer.  See :mod:`slr.layer.backends`.
+
+        Raises:
+            ValueError: it cannot be used here; the message says why, and nothing has changed.
+        """
+        before, self.backend = self.backend, backend
+        try:
+            self.choice(1)
+            self._prepare()
+        except (ValueError, RuntimeError):
+            self.backend = before
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        """Choose the backends, and pack for them, where the tensors are now."""
+        self.form, self.shared = None, True
+        self.few, self.many = self.choice(1).backend, self.choice(MANY).backend
+        name = self.many if self.many in ("cutlass", "cusparselt") else self.few
+        if name not in ("cutlass", "cusparselt"):
+            return
+        with torch.no_grad():
+            form = pack_for(name, self.values, self.bitmask, self._shape)
+            self.form = form
+            if name == "cutlass":
+                return
+            same = form.flatten()[: self.values.numel()]
+            self.shared = same.dtype == self.values.dtype and torch.equal(same, self.values)
+            if self.shared:  # one copy of the values, not two
+                self.values.data = same
+
+    def _apply(self, fn, recurse=True):
+        before = self.values.data
+        super()._apply(fn, recurse)
+        now = self.values
+        if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
+            try:
+                self._prepare()
+            except ValueError as error:  # named for another device or dtype
+                warnings.warn(f"{error}; using 'auto'", stacklevel=2)
+                self.backend = "auto"
+                self._prepare()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not (self.values.is_meta or self.bitmask.is_meta):
+            try:
+                self.check_()
+            except ValueError as error:
+                errors: list[str] = args[-1]
+                errors.append(f"{prefix.rstrip('.')}: {error}")
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs, n."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, m."""
+        return self.B.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Rank k of the low-rank part, 0 if there is none."""
+        return self.A.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """S (out, in), unpacked: a new tensor; gradients reach ``values``."""
+        return dense(self.values, self.bitmask, *self._shape, self.two_four)
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool (out, in), True = kept: a new tensor."""
+        return unpack_mask(self.bitmask, self._shape)
+
+    def packed(self) -> dict[str, Tensor]:
+        """What is stored: ``values``, ``bitmask``, ``B``, ``A`` and ``bias`` if there is one."""
+        stored = {"values": self.values.data, "bitmask": self.bitmask}
+        stored |= {"B": self.B.data, "A": self.A.data}
+        return stored if self.bias is None else {**stored, "bias": self.bias.data}
+
+    def dense(self) -> Tensor:
+        """S + B A as one (out, in) matrix."""
+        return torch.addmm(self.weight, self.B, self.A)
+
+    def cache_(self, on: bool = True) -> SLRLinear:
+        """Hold S unpacked as well, or no longer; returns the layer.
+
+        Faster for few tokens on a CPU, at the memory of a dense layer and more.  S is taken to be
+        constant from then on: ``values`` asks for no gradient.
+        """
+        if on:
+            self.values.requires_grad_(False)
+        self.cached = self.weight if on else None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = S x + B (A x) + b for x of shape (…, in).
+
+        On a GPU the backend goes by the tokens, that is, by the product of all dimensions of x
+        but the last; see :meth:`choice`.
+
+        Raises:
+            ValueError: x has another width, or (outside autocast) another dtype than S.
+        """
+        values, bias, cached = self.values, self.bias, self.cached
+        m, n = self._shape
+        if x.shape[-1:] != (n,):
+            raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be {n}")
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            to = torch.get_autocast_dtype(kind)
+            x, values = x.to(to), values.to(to)
+            bias = None if bias is None else bias.to(to)
+            cached = None if cached is None else cached.to(to)
+        if x.dtype != values.dtype:
+            raise ValueError(f"x has dtype {x.dtype}, but the layer {values.dtype}")
+        if cached is not None:
+            y = linear(x, cached, bias)
+            return y + linear(linear(x, self.A), self.B) if self.rank else y
+        flat = x.reshape(-1, n)
+        name = self._backend(flat, values)
+        if name == "triton":
+            from slr.layer.kernels import few_tokens
+
+            y = few_tokens(flat, values, self.bitmask, self.B, self.A, bias)
+            return y.view(*x.shape[:-1], m)
+        if self.form is not None and name in ("cutlass", "cusparselt"):
+            y = sparse_cores(flat, values, self.bitmask, self.form, bias, m, name)
+        else:
+            y = sparse_linear(flat, values, self.bitmask, bias, m, self.two_four)
+        y = y.view(*x.shape[:-1], m)
+        return y + linear(linear(x, self.A), self.B) if self.rank else y
+
+    def _backend(self, flat: Tensor, values: Tensor) -> str:
+        """The backend for x (tokens, n) and the values as they are multiplied."""
+        name = self.few if flat.shape[0] <= FEW else self.many
+        changed = values.dtype != self.values.dtype  # autocast
+        stale = name == "cusparselt" and not self.shared and self.values.requires_grad
+        return "dense" if changed or stale or flat.device != values.device else name
+
+    def extra_repr(self) -> str:
+        """Shape, pattern and rank."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"pattern={self.pattern}, rank={self.rank}, bias={self.bias is not None}"
+        )

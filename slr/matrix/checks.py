@@ -1,0 +1,113 @@
+"""One clear error for each kind of bad input; nothing else."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_count",
+    "check_finite",
+    "check_mask",
+    "check_matrix",
+    "check_rank",
+    "check_seqlen",
+]
+
+
+def check_matrix(name: str, value: Tensor, batch: bool = False) -> None:
+    """Raise unless `value` is a finite, non-empty, floating-point matrix, or a stack if `batch`.
+
+    >>> import torch
+    >>> check_matrix("weight", torch.zeros(3))
+    Traceback (most recent call last):
+    ValueError: weight has shape (3,); it must be a matrix (out, in)
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    if value.ndim not in (2, 3 if batch else 2) or value.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a matrix (out, in)")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be floating point")
+    check_finite(name, value)
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise if `value` holds NaN or infinity, with their number.
+
+    >>> import torch
+    >>> check_finite("weight", torch.tensor([0.0, float("nan")]))
+    Traceback (most recent call last):
+    ValueError: weight holds 1 non-finite values (NaN or infinity) of 2; they must all be finite
+    """
+    wide = torch.promote_types(value.dtype, torch.float32)
+    if value.sum(dtype=wide).isfinite():  # one pass; only a non-finite sum needs a second look
+        return
+    bad = int((~value.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{name} holds {bad} non-finite values (NaN or infinity) of {value.numel()}; "
+            "they must all be finite"
+        )
+
+
+def check_mask(mask: Tensor, weight: Tensor) -> None:
+    """Raise unless `mask` is a boolean tensor of the shape and on the device of `weight`.
+
+    >>> import torch
+    >>> check_mask(torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 3))
+    Traceback (most recent call last):
+    ValueError: mask has shape (2, 2) but weight has shape (2, 3); they must be equal
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask is {kind}; it must be a boolean tensor, True where kept")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} but weight has shape {tuple(weight.shape)}; "
+            "they must be equal"
+        )
+    if mask.device != weight.device:
+        raise ValueError(f"mask is on {mask.device} but weight on {weight.device}; move one")
+
+
+def check_rank(rank: int, shape: Sequence[int]) -> None:
+    """Raise unless ``1 <= rank <= min(shape)``.
+
+    >>> check_rank(0, (8, 4))
+    Traceback (most recent call last):
+    ValueError: rank is 0; for a matrix of shape (8, 4) it must be from 1 to 4
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank is {rank!r}; it must be an integer")
+    if not 1 <= rank <= min(shape):
+        raise ValueError(
+            f"rank is {rank}; for a matrix of shape {tuple(shape)} it must be "
+            f"from 1 to {min(shape)}"
+        )
+
+
+def check_count(name: str, value: object, hint: str = "") -> None:
+    """Raise unless `value` is an integer of 1 or more.
+
+    >>> check_count("iterations", 2.5)
+    Traceback (most recent call last):
+    TypeError: iterations is 2.5; it must be an integer
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value}; it must be at least 1 {hint}".rstrip())
+
+
+def check_seqlen(seqlen: object) -> None:
+    """Raise unless `seqlen` is an integer of 2 or more: the first token is only ever context.
+
+    >>> check_seqlen(0)
+    Traceback (most recent call last):
+    ValueError: seqlen is 0; a window needs at least 2 tokens
+    """
+    if isinstance(seqlen, bool) or not hasattr(seqlen, "__index__"):
+        raise TypeError(f"seqlen is {seqlen!r}; it must be an integer")
+    if seqlen < 2:  # type: ignore[operator]
+        raise ValueError(f"seqlen is {seqlen}; a window needs at least 2 tokens")

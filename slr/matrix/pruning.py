@@ -1,0 +1,155 @@
+"""Pruners: which weights of one matrix to keep, by what they are worth.
+
+Each gives every entry a score; a :mod:`pattern <slr.matrix.patterns>` keeps the largest.
+
+========== ====================================== ==========================
+method     score of W[i, j]                       needs
+========== ====================================== ==========================
+magnitude  \\|W[i, j]\\|                            nothing
+random     uniform noise                          nothing (a control)
+wanda      \\|W[i, j]\\| · ‖X[j]‖₂                  activation norms (n,)
+sparsegpt  W[i, j]² / [H⁻¹][j, j], H updated      Gram matrix H (n, n)
+========== ====================================== ==========================
+
+SparseGPT alone moves the weights that it keeps: each pruned weight's error is spread over the
+columns to its right.  Book: chapters 1 and 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slr.matrix.checks import check_finite, check_matrix
+from slr.matrix.metric import Gram, definite
+from slr.matrix.patterns import NM, Pattern, parse
+
+__all__ = ["METHODS", "Pruned", "prune"]
+
+METHODS = ("magnitude", "random", "wanda", "sparsegpt")
+BLOCK = 128  # columns that SparseGPT treats at a time
+DAMPING = 0.01
+
+
+class Pruned(NamedTuple):
+    """What is left of a matrix: `mask` (bool, True = kept) and `weight`, zero off the mask."""
+
+    mask: Tensor
+    weight: Tensor
+
+
+def prune(
+    weight: Tensor,
+    method: str,
+    pattern: str | float | Pattern,
+    *,
+    activation_norm: Tensor | None = None,
+    gram: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Pruned:
+    """Prune one matrix.
+
+    Args:
+        weight: (m, n) = (out, in), any float dtype; never modified.
+        method: one of :data:`METHODS`.
+        pattern: a pattern or its name, ``"2:4"``, ``"0.5"``.
+        activation_norm: (n,), the 2-norm of each input channel over the calibration tokens,
+            for ``"wanda"``; non-negative, not all zero.
+        gram: H = X Xᵀ up to a factor, (n, n), for ``"sparsegpt"``.
+        generator: source of randomness for ``"random"``.
+
+    Returns:
+        :class:`Pruned`; ``weight`` equals the input on the mask, bit for bit, but for
+        ``"sparsegpt"``, whose unstructured masks also hold the sparsity over each block of 128
+        columns and all rows instead of within rows.
+
+    Raises:
+        ValueError: unknown method, impossible pattern, non-finite or missing input.
+        TypeError: `weight` is not a floating-point tensor.
+
+    Cost: one pass for the scores and what the pattern's selection takes; ``"sparsegpt"`` about
+        n³ + m n² FLOPs.
+    Source: Han et al. 2015 (magnitude); Sun et al. 2024 (Wanda), section 3; Frantar and
+        Alistarh 2023 (SparseGPT), algorithm 1.
+
+    >>> W = torch.tensor([[4.0, -3.0, 2.0, -1.0]])
+    >>> print(prune(W, "magnitude", "2:4").weight)
+    tensor([[ 4., -3.,  0., -0.]])
+    >>> print(prune(W, "wanda", "2:4", activation_norm=torch.tensor([1.0, 1.0, 9.0, 9.0])).mask)
+    tensor([[False, False,  True,  True]])
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; it must be one of {', '.join(METHODS)}")
+    check_matrix("weight", weight)
+    pattern = parse(pattern)
+    if method == "sparsegpt":
+        return _sparsegpt(weight, pattern, gram)
+    if method == "random":
+        scores = torch.rand(weight.shape, generator=generator, device=weight.device)
+    else:
+        scores = weight.abs().float()
+    if method == "wanda":
+        scores = scores * _checked_norm(activation_norm, weight)
+    mask = pattern.select(scores)
+    return Pruned(mask, weight * mask)
+
+
+def _checked_norm(norm: Tensor | None, weight: Tensor) -> Tensor:
+    if norm is None:
+        raise ValueError("method 'wanda' needs activation_norm, one value for each input channel")
+    if norm.shape != weight.shape[1:]:
+        raise ValueError(
+            f"activation_norm has shape {tuple(norm.shape)}; "
+            f"for a weight of shape {tuple(weight.shape)} it must be ({weight.shape[1]},)"
+        )
+    check_finite("activation_norm", norm)
+    if bool((norm < 0).any()) or not bool(norm.any()):
+        raise ValueError("activation_norm must be non-negative and not all zero")
+    return norm.to(weight.device, torch.float32)
+
+
+def _inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Upper factor U of the damped H⁻¹ = UᵀU, and which inputs are dead."""
+    if gram is None:
+        raise ValueError("method 'sparsegpt' needs gram, the second moments of the inputs")
+    metric = Gram(gram, damping=DAMPING)
+    metric.check(weight.shape[1])
+    H = gram.to(weight.device, torch.float32).clone()
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    H.diagonal().add_(DAMPING * H.diagonal().mean())
+    inverse = torch.cholesky_inverse(definite(H)[1])
+    return definite((inverse + inverse.T) / 2, "the inverse of gram")[1].T, dead
+
+
+def _sparsegpt(weight: Tensor, pattern: Pattern, gram: Tensor | None) -> Pruned:
+    m, n = weight.shape
+    if isinstance(pattern, NM) and n % pattern.m:
+        raise ValueError(f"pattern {pattern} needs columns divisible by {pattern.m}; there are {n}")
+    U, dead = _inverse_factor(weight, gram)
+    W = weight.float().clone()
+    W[:, dead] = 0
+    mask = torch.ones_like(W, dtype=torch.bool)
+    step = pattern.m if isinstance(pattern, NM) else 1
+    width = max(BLOCK // step, 1) * step
+    for left in range(0, n, width):
+        right = min(left + width, n)
+        block, keep, u = W[:, left:right], mask[:, left:right], U[left:right, left:right]
+        scale = u.diagonal().square()
+        if not isinstance(pattern, NM):
+            drop = pattern.pruned_in(m * right) - pattern.pruned_in(m * left)
+            scores = block.square() / scale
+            order = scores.flatten().sort(stable=True).indices[:drop]
+            keep.copy_(torch.ones(keep.numel(), dtype=torch.bool, device=W.device)
+                       .index_fill_(0, order, False).view_as(keep))  # fmt: skip
+        errors = torch.zeros_like(block)
+        for i in range(right - left):
+            if isinstance(pattern, NM) and i % step == 0:
+                group = slice(i, i + step)
+                keep[:, group] = pattern.select(block[:, group].square() / scale[group])
+            errors[:, i] = block[:, i] * ~keep[:, i] / u[i, i]
+            block[:, i:] -= torch.outer(errors[:, i], u[i, i:])
+        W[:, right:] -= errors @ U[left:right, right:]
+    return Pruned(mask, (W * mask).to(weight.dtype))

@@ -1,0 +1,47 @@
+"""What refinement returns: S, B A, the mask, and what each iteration did.
+
+Book: chapter 5.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Refined", "Step"]
+
+
+class Step(NamedTuple):
+    """One iteration: the `rank` used and the `error` ‖W - S - B A‖_F of its (S, [W - S]_rank).
+
+    Taken from singular values, ‖L‖² - Σσ², an iteration's error is resolved down to about
+    3e-4 ‖L‖ in float32; the last one, the result's, is computed directly.  In another metric the
+    error is in that metric.  For a stack of matrices it is the root of the sum of squares.
+    """
+
+    rank: int
+    error: float
+
+
+class Refined(NamedTuple):
+    """W ≈ sparse + B A.
+
+    `sparse` (…, m, n) is zero off `mask`, which is True where kept; `B` is (…, m, k) and `A`
+    (…, k, n); `trace` has one :class:`Step` an iteration, and last the result's own.
+    """
+
+    sparse: Tensor
+    B: Tensor
+    A: Tensor
+    trace: tuple[Step, ...]
+    mask: Tensor
+
+    @property
+    def error(self) -> float:
+        """‖W - S - B A‖ in the metric, computed before rounding to the dtype of the factors."""
+        return self.trace[-1].error
+
+    def dense(self) -> Tensor:
+        """sparse + B A, (…, m, n)."""
+        return self.sparse + self.B @ self.A

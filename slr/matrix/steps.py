@@ -1,0 +1,324 @@
+"""The two steps of a layer as objects: how to choose what stays, and how to repair the rest.
+
+A *pruner* gives a mask, a *repair* the S, B and A that go with it.  Each is frozen, holds the
+options that have an effect on it and no others, and says in ``needs`` what has to be known of the
+layer's inputs.  :data:`PRUNERS` and :data:`REPAIRS` map their names to classes, for recipes, the
+command line and files alike.  Book: chapter 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slr.matrix.checks import check_count
+from slr.matrix.metric import Diagonal, Gram, Metric
+from slr.matrix.patterns import Pattern
+from slr.matrix.pcp import pcp_repair
+from slr.matrix.pruning import Pruned, prune
+from slr.matrix.refinement import SCHEDULES, refine, svd_repair
+from slr.matrix.result import Refined
+from slr.matrix.statistics import GramStatistic, NormStatistic
+
+__all__ = [
+    "PCP", "PRUNERS", "REPAIRS", "SVD", "EoRA", "Known", "Magnitude", "NoRepair", "Outputs",
+    "Pruner", "Random", "Repair", "ScaledWeights", "SparseGPT", "Wanda", "Weights", "named",
+]  # fmt: skip
+
+Statistic = type[NormStatistic] | type[GramStatistic] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of a layer's inputs: `norm` ‖X[j]‖₂ (n,), `gram` X Xᵀ / tokens (n, n)."""
+
+    norm: Tensor | None = None
+    gram: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Base of both kinds."""
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[Statistic] = None
+
+    def options(self) -> dict:
+        """Its options and their values, as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Pruner(Step):
+    """How to choose what stays of a matrix; see :mod:`slr.matrix.pruning`."""
+
+    moves: ClassVar[bool] = False  # whether kept weights change too
+
+    def __call__(
+        self, weight: Tensor, pattern: Pattern, known: Known, generator: torch.Generator
+    ) -> Pruned:
+        """Mask and kept weights of one matrix (m, n)."""
+        return prune(
+            weight, self.name, pattern, generator=generator,
+            activation_norm=known.norm if self.needs else None,
+            gram=known.gram if self.needs is GramStatistic else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Magnitude(Pruner):
+    """Keep the largest \\|W\\|; no data is read."""
+
+    name: ClassVar[str] = "magnitude"
+
+
+@dataclass(frozen=True)
+class Random(Pruner):
+    """Keep any: a control."""
+
+    name: ClassVar[str] = "random"
+
+
+@dataclass(frozen=True)
+class Wanda(Pruner):
+    """Keep the largest \\|W\\| · ‖X‖₂ (Sun et al. 2024)."""
+
+    name: ClassVar[str] = "wanda"
+    needs: ClassVar[Statistic] = NormStatistic
+
+
+@dataclass(frozen=True)
+class SparseGPT(Pruner):
+    """By the Hessian X Xᵀ; spreads each pruned weight's error over others (Frantar 2023)."""
+
+    name: ClassVar[str] = "sparsegpt"
+    needs: ClassVar[Statistic] = GramStatistic
+    moves: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Repair(Step):
+    """What is added to a pruned matrix: B A of rank k.
+
+    Args:
+        rank: k, the same for every layer; or
+        rank_ratio: k as a fraction of the model's hidden size; 1/32 if neither is given.
+
+    Raises:
+        ValueError, TypeError: a rank below 1, a ratio that is not above 0 and at most 1, or both.
+    """
+
+    rank: int | None = None
+    rank_ratio: float | None = None
+    changes_mask: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank_ratio is not None:
+            raise ValueError("rank and rank_ratio are both given; give one")
+        if self.rank is not None:
+            check_count("rank", self.rank, "(or refine='none')")
+        if self.rank_ratio is not None and not 0 < self.rank_ratio <= 1:
+            raise ValueError(f"rank_ratio is {self.rank_ratio}; it must be above 0 and at most 1")
+
+    def resolved(self, hidden_size: int) -> Repair:
+        """The same with a definite rank, for a model of this hidden size."""
+        if self.rank is not None:
+            return self
+        ratio = 1 / 32 if self.rank_ratio is None else self.rank_ratio
+        return replace(self, rank=max(1, int(ratio * hidden_size)), rank_ratio=None)
+
+    def __call__(
+        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
+        generator: torch.Generator,
+    ) -> Refined:  # fmt: skip
+        """S, B, A and mask of one matrix (m, n), from what pruning left; `rank` is definite."""
+        raise TypeError(f"{type(self).__name__} is no repair of its own")
+
+    def _metric(self, known: Known) -> Metric | None:
+        if self.needs is GramStatistic and known.gram is not None:
+            return Gram(known.gram)
+        return Diagonal(known.norm) if self.needs and known.norm is not None else None
+
+    def _definite(self) -> int:
+        if self.rank is None:
+            raise ValueError("the rank is not resolved; call resolved(hidden_size) first")
+        return self.rank
+
+
+@dataclass(frozen=True)
+class Iterated(Repair):
+    """Base of those that iterate.
+
+    Args:
+        iterations: at most so many.
+        tolerance: stop when an iteration lowers the error by less than this share of it.
+    """
+
+    iterations: int = 50
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("iterations", self.iterations)
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Weights(Iterated):
+    """Algorithm 1 of the paper on the weights: no data is read.
+
+    Args:
+        schedule: one of :data:`slr.matrix.refinement.SCHEDULES`; the paper's ramp has to be run
+            to its end, so that `tolerance` does not go with it.
+    """
+
+    name: ClassVar[str] = "weights"
+    schedule: str = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule {self.schedule!r} is unknown; it must be one of {', '.join(SCHEDULES)}"
+            )
+        if self.tolerance and self.schedule == "paper":
+            raise ValueError(
+                f"tolerance {self.tolerance:g} has no effect with schedule='paper', whose ramp is "
+                "run to its end; leave it out or give schedule='accelerated'"
+            )
+
+    def __call__(
+        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
+        generator: torch.Generator,
+    ) -> Refined:  # fmt: skip
+        """See :func:`slr.refine`."""
+        return refine(
+            weight, pruned.mask, self._definite(), metric=self._metric(known),
+            iterations=self.iterations, schedule=self.schedule, tolerance=self.tolerance,
+            generator=generator,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScaledWeights(Weights):
+    """The same with each input channel weighed by its activation norm."""
+
+    name: ClassVar[str] = "diagonal"
+    needs: ClassVar[Statistic] = NormStatistic
+
+
+@dataclass(frozen=True)
+class Outputs(Iterated):
+    """Refinement of the layer's outputs, in the metric of the Hessian X Xᵀ (Gram).
+
+    Args:
+        update_mask: choose the mask anew in the first half of the iterations.
+    """
+
+    name: ClassVar[str] = "activations"
+    needs: ClassVar[Statistic] = GramStatistic
+    update_mask: bool = False
+
+    @property
+    def changes_mask(self) -> bool:  # type: ignore[override]
+        """Whether the mask of the pruner is not the result's."""
+        return self.update_mask
+
+    def __call__(
+        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
+        generator: torch.Generator,
+    ) -> Refined:  # fmt: skip
+        """See :func:`slr.refine`."""
+        return refine(
+            weight, pruned.mask, self._definite(), metric=self._metric(known),
+            iterations=self.iterations, tolerance=self.tolerance, generator=generator,
+            update_mask=pattern if self.update_mask else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SVD(Repair):
+    """One SVD of what pruning took away."""
+
+    name: ClassVar[str] = "svd"
+
+    def __call__(
+        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
+        generator: torch.Generator,
+    ) -> Refined:  # fmt: skip
+        """See :func:`slr.svd_repair`."""
+        rank, metric = self._definite(), self._metric(known)
+        return svd_repair(weight, pruned.mask, rank, metric, sparse=pruned.weight)
+
+
+@dataclass(frozen=True)
+class EoRA(SVD):
+    """One SVD in the metric of the outputs (Liu et al. 2024)."""
+
+    name: ClassVar[str] = "eora"
+    needs: ClassVar[Statistic] = GramStatistic
+
+
+@dataclass(frozen=True)
+class PCP(Repair):
+    """Principal component pursuit with the mask: a baseline of the paper."""
+
+    name: ClassVar[str] = "pcp"
+
+    def __call__(
+        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
+        generator: torch.Generator,
+    ) -> Refined:  # fmt: skip
+        """See :func:`slr.matrix.pcp.pcp_repair`."""
+        # As the paper's toolkit weighs S: by the sum of one column, not of all n of them.
+        balance = 1 / (weight.shape[1] * max(weight.shape) ** 0.5)
+        return pcp_repair(weight, pruned.mask, self._definite(), balance=balance, tolerance=1e-3)
+
+
+@dataclass(frozen=True)
+class NoRepair(Step):
+    """Nothing is added: the model is pruned only, and the factors have rank 0."""
+
+    name: ClassVar[str] = "none"
+    changes_mask: ClassVar[bool] = False
+    rank: ClassVar[None] = None
+
+    def resolved(self, hidden_size: int) -> NoRepair:
+        """Itself."""
+        return self
+
+    def __call__(
+        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
+        generator: torch.Generator,
+    ) -> Refined:  # fmt: skip
+        """What pruning left."""
+        m, n = weight.shape
+        none = weight.new_zeros(m, 0), weight.new_zeros(0, n)
+        return Refined(pruned.weight, *none, (), pruned.mask)
+
+
+PRUNERS: dict[str, type[Pruner]] = {c.name: c for c in (Magnitude, Random, Wanda, SparseGPT)}
+REPAIRS: dict[str, type[Repair] | type[NoRepair]] = {
+    c.name: c for c in (Weights, ScaledWeights, Outputs, SVD, EoRA, PCP, NoRepair)
+}
+
+
+def named(kind: str, name: object, table: dict) -> type:
+    """The class of a name in a table.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> named("prune", "wanda", PRUNERS).__name__
+    'Wanda'
+    """
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{kind} {name!r} is unknown; it must be one of {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,189 @@
+"""A short training loop for what :mod:`slr.methods.losparse` converts, and the dense model alike.
+
+For trainings of minutes, without files; longer ones take ``transformers.Trainer`` and
+:func:`slr.methods.losparse.callback`.  Book: chapter 12.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from slr.methods.losparse.distil import distillation_loss
+from slr.methods.losparse.linear import convert, layers
+from slr.methods.losparse.pruner import Pruner
+
+__all__ = ["fit", "train"]
+
+DIVERGED = 10  # times the first loss
+
+
+def fit(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    lr: float,
+    pruner: Pruner | None = None,
+    teacher: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[float]:
+    """Train on each batch once, and prune.
+
+    AdamW without decay; the rate rises over the first tenth of the steps and falls as a cosine
+    to nothing; gradients are clipped at norm 1.
+
+    Args:
+        model: called as ``model(**batch)``, must give a ``loss``; changed in place.
+        batches: as many as there are steps.
+        lr: peak learning rate.
+        pruner: of the model; its `steps` are the number of batches or fewer.
+        teacher: a model whose logits are learned too, by
+            :func:`~slr.methods.losparse.distillation_loss`.
+        dtype: of autocast; ``None`` computes in the model's dtype.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        ValueError: a pruner of more steps than batches, no batch, or a loss that diverges: not
+            finite, or ten times the first.  The weights, and which rows are kept, are then what
+            they were before.
+
+    Cost: the training, and a copy of the model to come back to.
+
+    >>> from types import SimpleNamespace
+    >>> class Line(nn.Linear):
+    ...     def forward(self, x):
+    ...         return SimpleNamespace(loss=super().forward(x).square().mean())
+    >>> losses = fit(Line(4, 4), 20 * [{"x": torch.eye(4)}], lr=0.05)
+    >>> losses[-1] < losses[0]
+    True
+    """
+    if not batches:
+        raise ValueError("batches is empty; give one at least")
+    if pruner is not None and pruner.steps > len(batches):
+        raise ValueError(
+            f"there are {len(batches)} batches, fewer than the pruner's {pruner.steps} steps; it "
+            "would not reach its final share"
+        )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = None if pruner is None else pruner.state_dict()
+    was_training, losses = model.training, list[float]()
+    model.train()
+    try:
+        for loss in _steps(model, batches, lr, pruner, teacher, dtype):
+            losses.append(loss)
+    except (ValueError, RuntimeError) as error:
+        model.load_state_dict(before)
+        if pruner is not None and done is not None:
+            pruner.load_state_dict(done)
+        if isinstance(error, RuntimeError) and "non-finite" not in str(error):
+            raise
+        raise ValueError(f"{error}.  The model is as it was; try a lr below {lr}") from None
+    finally:
+        model.train(was_training)
+    return losses
+
+
+def _steps(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], lr: float, pruner: Pruner | None,
+    teacher: nn.Module | None, dtype: torch.dtype | None,
+) -> Iterator[float]:  # fmt: skip
+    """Train; the loss of each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    device, first = next(model.parameters()).device, math.inf
+    for step, batch in enumerate(batches, 1):
+        share = step / len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(10 * share, (1 + math.cos(math.pi * share)) / 2)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            loss = _loss(model, batch, teacher)
+        value = loss.item()
+        first = value if step == 1 else first
+        if not value <= DIVERGED * abs(first):
+            raise ValueError(f"the loss diverges: {first:.3g} at first, {value:.3g} at step {step}")
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        if pruner is not None:
+            pruner.observe()
+        optimizer.step()
+        if pruner is not None:
+            pruner.step()
+        optimizer.zero_grad()
+        yield value
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any], teacher: nn.Module | None) -> Tensor:
+    found = model(**batch)
+    if teacher is None:
+        return found.loss
+    with torch.no_grad():
+        logits = teacher(**batch).logits
+    return found.loss + distillation_loss(found.logits, logits)
+
+
+def train(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    remaining: float,
+    mode: str = "losparse",
+    share: float = 0.5,
+    batch: int = 4,
+    lr: float = 5e-4,
+    warmup: float = 0.05,
+    cooldown: float = 0.65,
+    beta2: float | None = None,
+    teacher: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[float]:
+    """All of LoSparse, or of a baseline, on a causal language model: convert, fit, make compact.
+
+    Args:
+        model: of ``nn.Linear`` layers in blocks; changed in place.
+        windows: token ids (windows, length); each is seen once.
+        remaining: share of the parameters of the replaced matrices to end with.
+        mode: one of :data:`~slr.methods.losparse.MODES`.
+        share: of these parameters, what goes to U and V; the rest are rows of S.  For
+            ``"losparse"`` only.
+        batch: windows in a step.
+        lr, teacher, dtype: as for :func:`fit`.
+        warmup, cooldown: shares of the steps, before pruning begins and after it ends.  In a short
+            training it is better to prune early, and to have time to settle.
+        beta2: as for :class:`~slr.methods.losparse.Pruner`.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        ValueError: what :func:`~slr.methods.losparse.convert`, the pruner and :func:`fit` say;
+            the model is then as it was before.
+
+    Cost: the training.  Example: chapter 12.
+    """
+    dense = {k: m for k, m in model.named_modules() if type(m) is nn.Linear}
+    part = {"losparse": share, "itp": 0.0}.get(mode, 1.0)
+    names = convert(model, mode=mode, rank_ratio=part * remaining)
+    try:
+        pruner, steps = None, -(-len(windows) // batch)
+        if mode != "lowrank":
+            pruner = Pruner(
+                model, remaining=remaining, steps=steps, beta2=beta2,
+                warmup=int(warmup * steps), cooldown=int(cooldown * steps),
+            )  # fmt: skip
+        batches = [
+            {"input_ids": ids, "labels": ids, "use_cache": False} for ids in windows.split(batch)
+        ]
+        losses = fit(model, batches, lr=lr, pruner=pruner, teacher=teacher, dtype=dtype)
+    except ValueError:
+        for name in names:
+            model.set_submodule(name, dense[name])
+        raise
+    for layer in layers(model).values():
+        layer.compact_()
+    return losses

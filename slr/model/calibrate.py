@@ -1,0 +1,204 @@
+"""What the calibration text does to each linear layer: statistics of its inputs.
+
+A decoder is walked one block at a time.  The inputs of a block are held for all calibration
+windows; the block runs once to collect statistics, is compressed by the caller, and runs again
+to make the inputs of the next, so that every block is calibrated on what the compressed
+blocks before it really put out.
+
+Book: chapter 3.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.model.blocks import decoder_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "logits", "observe", "rows_at_once"]
+
+IN_MEMORY = 1 << 30  # bytes of block inputs above which they are kept on disk
+ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes that a block may need beside its inputs
+
+
+class BlockInputs:
+    """The inputs of one decoder block for every calibration window, and how to run the block.
+
+    Attributes:
+        hidden: (windows, seqlen, hidden), in memory, or mapped from a file when large.
+        rows: windows that run at once.
+        arguments: what else the model passes to each block (mask, positions, rotary table), by
+            the number of windows in a batch; the windows have no padding, so it is the same.
+        to_end: whether the outputs of the last block are wanted.
+        seconds: spent running blocks, so far.
+    """
+
+    def __init__(
+        self, hidden: Tensor, rows: int, arguments: dict[int, list[dict]], to_end: bool = False
+    ) -> None:
+        self.hidden, self.rows, self.arguments, self.to_end = hidden, rows, arguments, to_end
+        self.seconds = 0.0
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the inputs of block `index` by its outputs, if they are of use to anybody."""
+        if self.to_end or index + 1 < len(next(iter(self.arguments.values()))):
+            self.run(index, block, keep=True)
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, keep: bool) -> None:
+        """Run block `index` on all windows; with `keep` its outputs replace the inputs."""
+        started = time.perf_counter()
+        device = next(block.parameters()).device
+        for batch in self.hidden.split(self.rows):
+            out = block(batch.to(device), **self.arguments[len(batch)][index])
+            if keep:
+                batch.copy_(out)
+        self.seconds += time.perf_counter() - started
+
+
+def rows_at_once(config, seqlen: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Windows that a block runs on at once, for about :data:`ACTIVATIONS` bytes."""
+    wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 0)
+    token = 4 * (wide + 2 * config.hidden_size) * max(4, dtype.itemsize)
+    return max(1, min(8, ACTIVATIONS.get(device.type, 1 << 28) // (token * seqlen)))
+
+
+class _StopForward(Exception):  # noqa: N818
+    """Raised to leave a forward pass once the last block was reached."""
+
+
+@contextmanager
+def _instead(blocks: nn.ModuleList, forward: Callable[[int], Callable]) -> Iterator[None]:
+    """While open, ``forward(i)`` runs in place of block i."""
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = forward(i)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """An uninitialised tensor on the CPU; in a file without a name when it is large."""
+    count = torch.Size(shape).numel()
+    if folder is None or count * dtype.itemsize <= IN_MEMORY:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+
+@torch.no_grad()
+def first_inputs(
+    model: PreTrainedModel,
+    windows: Tensor,
+    rows: int | None = None,
+    folder: Path | None = None,
+    to_end: bool = False,
+) -> BlockInputs:
+    """Inputs of the first decoder block for token windows (count, seqlen).
+
+    Args:
+        model: whose embeddings at least hold weights.
+        windows: int64 (count, seqlen).
+        rows: windows at once; chosen to memory when ``None``.
+        folder: where large inputs may be kept on disk.
+        to_end: whether the outputs of the last block are wanted.
+    """
+    blocks = decoder_blocks(model)
+    config = model.config.get_text_config()
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    device, dtype = embedding.device, embedding.dtype
+    count, seqlen = windows.shape
+    rows = rows or rows_at_once(config, seqlen, device, dtype)
+    hidden = _room((count, seqlen, config.hidden_size), dtype, folder)
+    arguments: dict[int, list[dict]] = {}
+    done = 0
+
+    def record(i: int) -> Callable:
+        def forward(states: Tensor, *args, **kwargs) -> Tensor:
+            size = len(states)
+            if i == 0:
+                hidden[done : done + size] = states
+                arguments.setdefault(size, [])
+            if len(arguments[size]) == i:
+                arguments[size].append({**kwargs, "past_key_values": None, "use_cache": False})
+            if i + 1 == len(blocks):
+                raise _StopForward
+            return states
+
+        return forward
+
+    with _instead(blocks, record):
+        for ids in windows.split(rows):
+            try:
+                model(input_ids=ids.to(device), use_cache=False)
+            except _StopForward:
+                done += len(ids)
+    return BlockInputs(hidden, rows, arguments, to_end)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits from the outputs of the last block, as the model's own final norm and head give them.
+
+    Args:
+        model: whose embeddings, final norm and head hold weights.
+        ids: (rows, seqlen), of the same windows.
+        hidden: (rows, seqlen, hidden).
+    """
+    blocks = decoder_blocks(model)
+
+    def identity(i: int) -> Callable:
+        return lambda states, *args, **kwargs: hidden if i == 0 else states
+
+    with _instead(blocks, identity):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def observe(
+    linears: Mapping[str, nn.Linear], kind: type[NormStatistic] | type[GramStatistic]
+) -> Iterator[dict[str, NormStatistic | GramStatistic]]:
+    """While open, collect a statistic of the inputs of each of the named linear layers.
+
+    Layers that are given the same tensor (query, key and value; gate and up) share one.
+    """
+    device = next(iter(linears.values())).weight.device
+    found: dict[str, NormStatistic | GramStatistic] = {}
+    leaders: dict[str, str] = {}  # whose statistic a layer shares, having the same input
+    seen: list[tuple[Tensor, str]] = []
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0]
+            if name not in leaders:
+                leaders[name] = next((other for y, other in seen if y is x), name)
+                seen.append((x, leaders[name]))
+                if leaders[name] == name:
+                    found[name] = kind(linears[name].in_features, device)
+                found[name] = found[leaders[name]]
+                if len(leaders) == len(linears):
+                    seen.clear()
+            if leaders[name] == name:
+                found[name].update(x)
+
+        return hook
+
+    handles = [lin.register_forward_pre_hook(watch(n)) for n, lin in linears.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

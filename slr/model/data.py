@@ -1,0 +1,249 @@
+"""Text in, token windows out: the embedded corpus and any text file.
+
+The embedded corpus ships no text.  It is read at run time from the Python
+installation itself: the standard library's sources and the language reference
+that ``help()`` prints (``pydoc_data.topics``).  A document belongs to the
+held-out tenth or not by a hash of its *name*, so the split is the same on every
+machine and for every Python version, and no text of a held-out document was
+seen when the embedded model was trained.
+
+Book: "How to use this book" and chapter 1.
+"""
+
+import functools
+import hashlib
+import importlib
+import random
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from slr.matrix.checks import check_count, check_seqlen
+
+__all__ = [
+    "calibration", "check_vocabulary", "corpus", "documents", "held_out", "load_text", "windows",
+]  # fmt: skip
+
+# Missing from some installations (Debian splits them off, newer Pythons drop them), generated
+# tables, or code of somebody else: never part of the validation or calibration text.
+_NOT_EVERYWHERE = frozenset(
+    {
+        "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test",
+        "tkinter", "turtledemo", "turtle.py", "site-packages", "dist-packages", "__pycache__",
+        "sitecustomize.py", "usercustomize.py",
+    }
+)  # fmt: skip
+_NEVER = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"})
+LONGEST = 20_000  # characters of one document in a corpus: no module may dominate it
+
+
+def held_out(name: str) -> bool:
+    """Whether the document `name` is in the tenth that training never sees.
+
+    Args:
+        name: document name, as in :func:`documents`.
+
+    >>> held_out("topics/lambda"), held_out("topics/truth")
+    (False, True)
+    """
+    return _bucket(name) == 0
+
+
+def _bucket(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 10
+
+
+@functools.lru_cache(maxsize=2)
+def documents(everywhere: bool = True) -> Mapping[str, str]:
+    """Documents of this Python installation by name, in a fixed order.
+
+    Args:
+        everywhere: only those that every CPython installation has; ``False`` adds the
+            packages that some lack (``test``, ``tkinter``, …), for training.
+
+    Returns:
+        ``{"json/decoder.py": source, "topics/lambda": text, …}``, ordered by a hash of
+        the name so that any prefix is a fair sample.
+
+    Cost: reads 13 MB of files (31 MB with ``everywhere=False``), 0.2 s; cached.
+    """
+    found: dict[str, str] = {}
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root).as_posix()
+        parts = set(name.split("/"))
+        private_build = name.startswith(("_sysconfigdata", "config-"))
+        if parts & _NEVER or private_build or (everywhere and parts & _NOT_EVERYWHERE):
+            continue
+        try:
+            found[name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue  # a few test files are broken on purpose
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        topics = {}
+    found |= {f"topics/{name}": text for name, text in topics.items()}
+    return dict(sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()))
+
+
+def corpus(split: str) -> str:
+    """The embedded corpus: text for evaluation or for calibration.
+
+    Args:
+        split: ``"validation"``, held-out documents that the embedded model never saw, or
+            ``"calibration"``, other documents (the model was trained on them, as a large
+            model was on the web text that it is calibrated with).
+
+    Returns:
+        One text, documents separated by blank lines; the same for a given Python version.
+
+    Raises:
+        ValueError: `split` is neither name.
+
+    >>> text = corpus("validation")
+    >>> len(text) > 200_000 and text != corpus("calibration")
+    True
+    """
+    buckets = {"validation": 0, "calibration": 1}
+    if split not in buckets:
+        raise ValueError(f"split is {split!r}; it must be 'validation' or 'calibration'")
+    chosen = [t[:LONGEST] for n, t in documents().items() if _bucket(n) == buckets[split]]
+    return "\n\n".join(chosen)
+
+
+def load_text(source: str, split: str = "validation") -> str:
+    """Text by name.
+
+    Args:
+        source: ``"embedded"``, ``"wikitext2"`` (needs ``datasets`` and the network or its
+            cache), or the path of a UTF-8 text file.
+        split: ``"validation"`` or ``"calibration"``; for WikiText-2 its test and train split;
+            ignored for a file.
+
+    Raises:
+        ValueError: no such file, or it is not UTF-8 text.
+        RuntimeError: the data set cannot be had.
+    """
+    if source == "embedded":
+        return corpus(split)
+    if source == "wikitext2":
+        part = "test" if split == "validation" else "train"
+        rows = hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+        return "\n\n".join(row["text"] for row in rows)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"text {source!r} is neither 'embedded', 'wikitext2' nor a text file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
+
+
+def hub_dataset(*args, **options):
+    """``datasets.load_dataset``, whose failures become one line that says what to do.
+
+    Raises:
+        RuntimeError: the package is missing, or the data set cannot be had.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise RuntimeError("this text needs `datasets`: pip install 'slr[eval]'") from None
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # whatever the network, the hub or the cache may say
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(
+            f"data set {args[0]} cannot be had ({first}); it needs the network once, "
+            "or give a text file"
+        ) from None
+
+
+def calibration(source: str, tokenizer, seqlen: int, samples: int, seed: int = 0) -> torch.Tensor:
+    """Token windows to calibrate on.
+
+    Args:
+        source: ``"c4"``, or as for :func:`load_text`, of which the first windows are taken.
+        tokenizer: a Hugging Face tokenizer.
+        seqlen: tokens in a window.
+        samples: number of windows.
+        seed: for ``"c4"``.
+
+    Returns:
+        int64 (samples, seqlen).
+
+    Raises:
+        ValueError: not enough text.
+        RuntimeError: the data set cannot be had.
+
+    Source: the protocol of SparseGPT and Wanda for C4: one window at a random place of each of
+        `samples` random documents that are longer than a window.  They draw documents from the
+        first file of the training set; here the stream is shuffled with a buffer of 10,000, so
+        that nothing is downloaded that is not used.
+    """
+    if source != "c4":
+        found = windows(load_text(source, "calibration"), tokenizer, seqlen, samples)
+    else:
+        rows = hub_dataset("allenai/c4", "en", split="train", streaming=True)
+        draw, chosen = random.Random(seed), []
+        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+            ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > seqlen:
+                start = draw.randrange(len(ids) - seqlen)
+                chosen.append(ids[start : start + seqlen])
+                if len(chosen) == samples:
+                    break
+        found = torch.tensor(chosen, dtype=torch.int64).view(len(chosen), seqlen)
+    if len(found) < samples:
+        raise ValueError(
+            f"text {source!r} has {len(found)} windows of {seqlen} tokens, fewer than the "
+            f"{samples} samples asked for; give more text, or fewer or shorter samples"
+        )
+    return found
+
+
+def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torch.Tensor:
+    """Consecutive token windows of a text, tokenised once and in one piece.
+
+    Args:
+        text: any text.
+        tokenizer: a Hugging Face tokenizer; no special tokens are added.
+        seqlen: tokens in a window, at least 2 (the first is only ever context).
+        limit: at most this many windows; ``None`` keeps all whole windows.
+
+    Returns:
+        int64 tensor (windows, seqlen); what remains after the last whole window is dropped.
+
+    Raises:
+        ValueError: the text is shorter than one window, or `seqlen` or `limit` too small.
+
+    Source: the perplexity protocol of GPTQ, SparseGPT and Wanda.
+    """
+    check_seqlen(seqlen)
+    if limit is not None:
+        check_count("limit", limit)
+    if limit is not None:
+        # A byte-level tokenizer never merges more than some tens of characters into a token.
+        text = text[: 32 * limit * seqlen]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // seqlen
+    if count == 0:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than one window of seqlen {seqlen}; "
+            "give more text or a smaller seqlen"
+        )
+    count = count if limit is None else min(count, limit)
+    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+
+
+def check_vocabulary(text: torch.Tensor, config) -> None:
+    """Raise ValueError if a token is not in the vocabulary of a model with this configuration."""
+    vocabulary = config.get_text_config().vocab_size
+    if int(text.max()) >= vocabulary:
+        raise ValueError(
+            f"the windows hold token {int(text.max())}, but the model has {vocabulary}; "
+            "was the text tokenised for another model?"
+        )

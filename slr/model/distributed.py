@@ -1,0 +1,118 @@
+"""Several processes on one compression, under ``torchrun``.
+
+Calibration windows are shared out over the ranks, their statistics are summed, and the matrices
+of a block are shared out and sent round.  Rank 0 alone writes.  Without ``torchrun`` there is one
+rank and nothing happens.  An error on one rank ends its process, and ``torchrun`` ends the others.
+
+Book: how to use this book.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from slr.matrix.result import Refined
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from slr.matrix.statistics import GramStatistic, NormStatistic
+
+__all__ = ["all_reduce", "barrier", "first", "mine", "rank", "share", "start", "world"]
+
+
+def start(device: str) -> None:
+    """Join the group that ``torchrun`` announces, gloo on CPUs and NCCL on GPUs, if it does."""
+    if _on() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def _on() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _on() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _on() else 1
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if _on():
+        dist.barrier()
+
+
+def mine(windows: Tensor) -> Tensor:
+    """This rank's windows.
+
+    Raises:
+        ValueError: fewer windows than ranks.
+    """
+    if len(windows) < world():
+        raise ValueError(f"{len(windows)} windows cannot be shared out over {world()} processes")
+    return windows[rank() :: world()]
+
+
+def all_reduce(statistic: NormStatistic | GramStatistic) -> None:
+    """Sum a statistic over all ranks, in place."""
+    if _on():
+        statistic.all_reduce()
+
+
+def share(
+    like: Tensor, width: int, refined: Refined | None, errors: Any, owner: int
+) -> tuple[Refined, Any]:
+    """Send the result of one matrix (m, n) from its owner to all.
+
+    Args:
+        like: weight, for shape, dtype and device.
+        width: rank of the low-rank part.
+        refined: on the owner.
+        errors: on the owner.
+        owner: its rank.
+    """
+    m, n = like.shape
+    if refined is None:
+        S, B, A = like.new_empty(m, n), like.new_empty(m, width), like.new_empty(width, n)
+        bits = torch.empty(m, n, dtype=torch.uint8, device=like.device)
+    else:
+        S, B, A = (part.contiguous() for part in refined[:3])
+        bits = refined.mask.to(torch.uint8).contiguous()
+    for part in (S, B, A, bits):
+        if part.numel():
+            dist.broadcast(part.data, owner)
+    box = [errors]
+    dist.broadcast_object_list(box, owner)
+    return Refined(S.data, B.data, A.data, (), bits.bool()), box[0]
+
+
+@contextmanager
+def first(journal) -> Iterator:
+    """Open a journal on rank 0 alone; the others get its folder and entries, and wait for it."""
+    if world() == 1:
+        with journal:
+            yield journal
+        return
+    if rank() == 0:
+        with journal:
+            dist.broadcast_object_list([journal.entries], 0)
+            yield journal
+    else:
+        box: list = [None]
+        dist.broadcast_object_list(box, 0)
+        journal.entries = box[0]
+        yield journal

@@ -1,0 +1,358 @@
+"""A recipe: everything that decides how a model is compressed, besides the model and its text.
+
+It is made of small objects (a pruner, a pattern, a repair), which names and options become when
+it is made: a combination that means nothing, or an option without effect, is refused there and
+then, whoever asks.  Book: chapter 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from slr.matrix.checks import check_count, check_seqlen
+from slr.matrix.patterns import Pattern, Unstructured, parse
+from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.matrix.steps import PRUNERS, REPAIRS, NoRepair, Pruner, Repair, named
+
+__all__ = ["Recipe", "parse_override", "read_config"]
+
+PREPARATIONS = ("none", "induction")
+SAMPLES = 128  # calibration windows if not told
+# Options of the steps, which are given flat; `group` is the pattern's.
+STEPS = ("prune", "pattern", "refine")
+OPTIONS = (
+    "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask",
+)  # fmt: skip
+WHOLE = ("prepare", "samples", "seqlen", "seed", "skip", "overrides")  # not of single layers
+
+
+class Recipe:
+    """How to compress, by names or objects.
+
+    Args:
+        prune: a pruner, or its name in :data:`slr.matrix.steps.PRUNERS`: ``"magnitude"``,
+            ``"random"``, ``"wanda"``, ``"sparsegpt"``.
+        pattern: a sparsity pattern, or its name: ``"2:4"`` (semi-structured) or the fraction to
+            prune, ``"0.5"`` (unstructured).
+        group: of a fraction, ``"row"`` (default) or ``"matrix"``.
+        refine: a repair, or its name in :data:`slr.matrix.steps.REPAIRS`: Algorithm 1 on the
+            ``"weights"`` (the paper, data-free), on weights scaled by activation norms
+            (``"diagonal"``) or on the layer's outputs, by the Hessian (``"activations"``); one
+            shot, ``"svd"`` of the weights or ``"eora"`` of the outputs; ``"pcp"``, principal
+            component pursuit; or ``"none"``.
+        rank: rank of the low-rank part, the same for every layer; or
+        rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
+        iterations: of the refinement, 50 by default.
+        schedule: of a refinement of weights, ``"paper"`` (default), or see
+            :data:`slr.matrix.refinement.SCHEDULES`.
+        tolerance: stop refining when an iteration lowers the error by less than this share of
+            it; 0 by default.  Not for the paper's schedule, whose ramp has to be run to its end.
+        update_mask: with ``refine="activations"``: choose the mask anew while refining.
+        prepare: ``"induction"`` first rescales each block so that it prunes better
+            (:mod:`slr.methods.induction`), or ``"none"``.
+        samples: calibration windows, for methods that look at data; 128 by default.
+        seqlen: tokens in each; the model's longest context, 2048 at most, when ``None``.
+        seed: for random masks and the solver's start.
+        skip: names of layers to leave dense (ignored modules), with ``*`` for anything:
+            ``["*.down_proj", "model.layers.0.*"]``.
+        overrides: other options for some layers (target modules), by such names; of several that
+            fit, the later counts: ``{"*.o_proj": {"rank": 64, "pattern": "0.4"}}``.
+
+    Attributes:
+        prune, pattern, refine: the objects.
+        samples: ``None`` if no data is read.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or an option that has no effect.
+        TypeError: a value of another type.
+
+    >>> Recipe(prune="wanda", pattern="2:4").resolved(hidden_size=4096).rank
+    128
+    >>> Recipe(pattern="3:2")
+    Traceback (most recent call last):
+    ValueError: pattern 3:2 would keep 3 of every 2; n:m needs 0 < n < m, as in 2:4
+    >>> Recipe(refine="svd", iterations=10)
+    Traceback (most recent call last):
+    ValueError: iterations=10 has no effect with refine='svd'; leave it out
+    >>> recipe = Recipe(skip=["*.o_proj"], overrides={"*.q_proj": {"pattern": "0.4"}})
+    >>> print(recipe.layer("model.layers.0.self_attn.q_proj", 4096).pattern)
+    0.4
+    >>> recipe.layer("model.layers.0.self_attn.o_proj", 4096) is None
+    True
+    """
+
+    prune: Pruner
+    pattern: Pattern
+    refine: Repair | NoRepair
+    prepare: str
+    samples: int | None
+    seqlen: int | None
+    seed: int
+    skip: tuple[str, ...]
+    overrides: dict[str, dict]
+
+    def __init__(
+        self,
+        prune: str | Pruner = "wanda",
+        pattern: str | float | Pattern = "2:4",
+        *,
+        group: str | None = None,
+        refine: str | Repair | NoRepair = "weights",
+        rank: int | None = None,
+        rank_ratio: float | None = None,
+        iterations: int | None = None,
+        schedule: str | None = None,
+        tolerance: float | None = None,
+        update_mask: bool | None = None,
+        prepare: str = "none",
+        samples: int | None = None,
+        seqlen: int | None = None,
+        seed: int = 0,
+        skip: Sequence[str] = (),
+        overrides: Mapping[str, Mapping] | None = None,
+    ) -> None:
+        if isinstance(skip, str):
+            raise TypeError(f"skip is {skip!r}; it must be a list of names")
+        if prepare not in PREPARATIONS:
+            raise ValueError(
+                f"prepare {prepare!r} is unknown; it must be one of {', '.join(PREPARATIONS)}"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}; it must be an integer")
+        given = (rank, rank_ratio, iterations, schedule, tolerance, update_mask)
+        options = {k: v for k, v in zip(OPTIONS, given, strict=True) if v is not None}
+        self._set(
+            prune=_step("prune", prune, PRUNERS, {}),
+            pattern=parse(pattern, group),
+            refine=_step("refine", refine, REPAIRS, options),
+            prepare=prepare, seed=seed, skip=tuple(skip),
+            overrides={name: _plain(wanted) for name, wanted in (overrides or {}).items()},
+        )  # fmt: skip
+        self.variants()  # all overrides are looked at
+        if samples is not None:
+            check_count("samples", samples)
+        if seqlen is not None:
+            check_seqlen(seqlen)
+        for name, value in (("samples", samples), ("seqlen", seqlen)):
+            if value is not None and not self.needs_data:
+                raise ValueError(
+                    f"{name}={value} has no effect with prune={str(self.prune)!r} and "
+                    f"refine={str(self.refine)!r}, which read no data; leave it out"
+                )
+        self._set(samples=(samples or SAMPLES) if self.needs_data else None, seqlen=seqlen)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a recipe cannot be changed; make another one with {name}={value!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.prune, self.pattern, self.refine, self.seed))
+
+    def __repr__(self) -> str:
+        told = {k: v for k, v in self.as_dict().items() if v not in (None, [], {}, "none")}
+        return f"Recipe({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+
+    @classmethod
+    def fitting(cls, **options: Any) -> Recipe:
+        """A recipe of those of the options that have an effect: a table's, common to its cells.
+
+        >>> Recipe.fitting(prune="magnitude", refine="svd", rank=3, iterations=9, samples=4)
+        Recipe(prune='magnitude', pattern='2:4', refine='svd', rank=3, seed=0)
+        """
+        known = {f"{k}": options.pop(k) for k in STEPS if k in options}
+        refine = named("refine", known.get("refine", "weights"), REPAIRS)
+        fit = set(refine.__dataclass_fields__)  # type: ignore[attr-defined]
+        if options.get("schedule", "paper") == "paper":
+            fit -= {"tolerance"} if "schedule" in fit else set()
+        options = {k: v for k, v in options.items() if k in fit or k not in OPTIONS}
+        if not isinstance(parse(known.get("pattern", "2:4")), Unstructured):
+            options.pop("group", None)
+        data = {k: options.pop(k) for k in ("samples", "seqlen") if k in options}
+        found = cls(**known, **options)
+        return cls(**known, **options, **data) if found.needs_data else found
+
+    @classmethod
+    def from_dict(cls, told: Mapping) -> Recipe:
+        """The recipe that a folder or a result file tells of, of this version or an earlier one."""
+        return cls.fitting(**{k: v for k, v in told.items() if v is not None})
+
+    @property
+    def rank(self) -> int | None:
+        """Of the low-rank part; ``None`` if it is not definite, or there is none."""
+        return self.refine.rank
+
+    def resolved(self, hidden_size: int) -> Recipe:
+        """The same recipe with a definite `rank` for a model of this hidden size."""
+        return self._with(refine=self.refine.resolved(hidden_size))
+
+    def layer(self, name: str, hidden_size: int) -> Recipe | None:
+        """The recipe of one layer by its full name, resolved; ``None`` if it stays dense."""
+        if any(fnmatchcase(name, pattern) for pattern in self.skip):
+            return None
+        mine = self
+        for pattern, options in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                mine = mine._override(pattern, options)
+        return mine._with(skip=(), overrides={}).resolved(hidden_size)
+
+    def variants(self) -> list[Recipe]:
+        """The recipe, and what each override makes of it."""
+        return [self, *(self._override(n, options) for n, options in self.overrides.items())]
+
+    def pruned_only(self) -> Recipe:
+        """The same without any repair."""
+        overrides = {
+            name: {k: v for k, v in options.items() if k in ("prune", "pattern", "group")}
+            for name, options in self.overrides.items()
+        }
+        return self._with(refine=NoRepair(), overrides=overrides)
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether what pruning leaves is the source's weights on the masks of the result."""
+        return self.prepare == "none" and not any(
+            each.prune.moves or each.refine.changes_mask for each in self.variants()
+        )
+
+    def _with(self, **values: Any) -> Recipe:
+        made = object.__new__(Recipe)
+        made._set(**{**vars(self), **values})
+        return made
+
+    def _override(self, name: str, options: Mapping) -> Recipe:
+        """With the options of one override; those of a step that it replaces go with it."""
+        where = f"overrides[{name!r}]"
+        wrong = sorted(set(options) - {*STEPS, *OPTIONS, "group"})
+        if wrong:
+            raise ValueError(f"{where}: option {wrong[0]!r} is not one of a layer")
+        wanted = {k: v for k, v in options.items() if k in OPTIONS}
+        try:
+            refine, kept = options.get("refine"), self.refine.options()
+            if refine is None:
+                refine = str(self.refine)
+            else:  # the rank is the model's, whatever the repair
+                fit = named("refine", refine, REPAIRS).__dataclass_fields__  # type: ignore[attr-defined]
+                kept = {k: v for k, v in kept.items() if k in fit and k.startswith("rank")}
+            if {"rank", "rank_ratio"} & set(wanted):
+                kept = {k: v for k, v in kept.items() if k not in ("rank", "rank_ratio")}
+            return self._with(
+                prune=_step("prune", options.get("prune", self.prune), PRUNERS, {}),
+                pattern=_regrouped(options.get("pattern", self.pattern), options.get("group")),
+                refine=_step("refine", refine, REPAIRS, {**kept, **wanted}),
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    @property
+    def statistic(self) -> type[NormStatistic] | type[GramStatistic] | None:
+        """What has to be known of each layer's inputs; ``None`` for a data-free recipe."""
+        needs = [step.needs for each in self.variants() for step in (each.prune, each.refine)]
+        for kind in (GramStatistic, NormStatistic):
+            if kind in needs:
+                return kind
+        return None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the model has to be run on calibration windows."""
+        return self.statistic is not None or self.prepare != "none"
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON and YAML: what ``Recipe(**…)`` takes, without what has no effect.
+
+        >>> Recipe(**Recipe("magnitude", rank=4).as_dict()) == Recipe("magnitude", rank=4)
+        True
+        """
+        told: dict[str, Any] = {"prune": str(self.prune), "pattern": str(self.pattern)}
+        told |= {"refine": str(self.refine), **self.refine.options(), "prepare": self.prepare}
+        told |= {"samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
+        return {**told, "skip": list(self.skip), "overrides": self.overrides}
+
+
+def _plain(options: Mapping) -> dict:
+    """The options of an override without objects: their names and what they hold."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Pruner | Repair | NoRepair):
+            found |= {k: v for k, v in value.options().items() if v is not None}
+        found[name] = str(value) if name in STEPS else value
+    return found
+
+
+def _regrouped(pattern: Any, group: str | None) -> Pattern:
+    """A pattern, of another group if one is given."""
+    if group is not None and isinstance(pattern, Unstructured):
+        pattern = pattern.sparsity
+    return parse(pattern, group)
+
+
+def _step(kind: str, step: Any, table: dict, options: dict) -> Any:
+    """The object of a name and its options; an object takes no more options."""
+    if not isinstance(step, str) and isinstance(step, tuple(table.values())):
+        known: set[str] = set()
+        name = str(step)
+    else:
+        made = named(kind, step, table)
+        known, name = set(made.__dataclass_fields__), step  # type: ignore[attr-defined]
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{key}={value!r} has no effect with {kind}={name!r}; leave it out")
+    return step if not isinstance(step, str) else made(**options)
+
+
+def parse_override(text: str) -> tuple[str, dict]:
+    """A name and its options from their short form.
+
+    Raises:
+        ValueError: it is not of that form.
+
+    >>> parse_override("*.o_proj:rank=64,pattern=2:4")
+    ('*.o_proj', {'rank': 64, 'pattern': '2:4'})
+    """
+    name, _, options = text.partition(":")
+    found: dict = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+        kinds = {"rank": int, "iterations": int, "rank_ratio": float, "tolerance": float}
+        found[key.strip()] = kinds.get(key.strip(), str)(value)
+    if not name or not found:
+        raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+    return name, found
+
+
+def read_config(file: str | Path) -> dict:
+    """Options of a recipe from a YAML or JSON file: the arguments of :class:`Recipe`.
+
+    Raises:
+        ValueError: no such file, or one that does not hold a mapping of them.
+    """
+    import inspect
+
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {str(file)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {file} is not YAML: {error}") from None
+    known = list(inspect.signature(Recipe).parameters)
+    if not isinstance(found, dict):
+        raise ValueError(f"config {file} holds no options; it must say, say, 'prune: wanda'")
+    for name in found:
+        if name not in known:
+            raise ValueError(
+                f"config {file}: {name!r} is no option; it must be one of {', '.join(known)}"
+            )
+    return found
