@@ -2,7 +2,9 @@ import pytest
 import torch
 
 import slr
+from slr.checkpoint.sizes import checkpoint_account, model_account
 from slr.matrix import accounting
+from slr.matrix.accounting import matrix_account
 
 
 def test_llama_7b_by_the_papers_rule():

@@ -6,10 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slr
+from slr.checkpoint.folder import about
+from slr.evaluate.comparison import prune_again
 from slr.layer.bits import pack_mask, unpack_mask
 from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.matrix.steps import REPAIRS, Known
 from slr.model.block import compress_layer
-from slr.model.recipe import REPAIRS
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_saved_and_loaded_bit_for_bit(small, tmp_path):
         assert torch.equal(again(ids).logits, in_memory(ids).logits)
     assert again.dtype == torch.bfloat16
     assert torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
-    notes = checkpoint.about(tmp_path / "a")
+    notes = about(tmp_path / "a")
     assert notes["recipe"]["rank"] == 2
     assert list(notes["layers"]) == [report.name for report in reports]
     out = again.generate(ids[:1], max_new_tokens=3, do_sample=False)
@@ -107,7 +109,7 @@ def test_pruned_source_is_the_model_without_repair(small, tmp_path, model):
     compressed = slr.load(small, dtype=torch.float32)
     slr.compress_model(compressed, recipe)
     dense = slr.load(small, dtype=torch.float32)
-    pruned_source(dense, compressed)
+    prune_again(dense, compressed, {"recipe": recipe.as_dict()}, small)
     slr.compress_model(model, slr.Recipe(prune="magnitude", pattern="0.5", refine="none"))
     ids = torch.randint(4096, (1, 9))
     with torch.no_grad():
@@ -126,8 +128,8 @@ def test_recipe_ranks():
     assert slr.Recipe().resolved(256).rank == 8
     assert slr.Recipe(rank_ratio=0.1).resolved(256).rank == 25
     assert slr.Recipe(rank=3).resolved(256).rank == 3
-    assert slr.Recipe(refine="none", rank=3).resolved(256).rank is None
-    refined = compress_layer(torch.randn(8, 8), slr.Recipe(prune="magnitude", rank=2))
+    assert slr.Recipe(refine="none").resolved(256).rank is None
+    refined = compress_layer(torch.randn(8, 8), slr.Recipe(prune="magnitude", rank=2)).refined
     assert refined.A.shape == (2, 8)
     assert refined.mask.sum() == 32
 
@@ -210,27 +212,26 @@ def test_eora_is_the_one_shot_repair_of_the_outputs():
     weight = torch.randn(12, 16)
     recipe = slr.Recipe(prune="magnitude", refine="eora", rank=3)
     assert recipe.statistic is GramStatistic
-    found = compress_layer(weight, recipe, gram=statistic.gram())
+    found = compress_layer(weight, recipe, known=Known(gram=statistic.gram())).refined
     gram = slr.Gram(statistic.gram())
     assert torch.equal(found.sparse, slr.prune(weight, "magnitude", "2:4").weight)
     expected = slr.svd_repair(weight, found.mask, 3, gram)
     assert torch.allclose(found.B @ found.A, expected.B @ expected.A, atol=1e-5)
-    by_weights = compress_layer(weight, slr.Recipe(prune="magnitude", refine="svd", rank=3))
+    by_weights = compress_layer(weight, slr.Recipe(prune="magnitude", refine="svd", rank=3)).refined
     assert gram.error(weight - found.dense()) < 0.99 * gram.error(weight - by_weights.dense())
 
 
 def test_a_tolerance_stops_refinement_but_not_the_papers_ramp():
     weight, gram = torch.randn(12, 16), torch.eye(16)
-    for refine, schedule, stops in (
-        ("activations", "paper", True),
-        ("weights", "accelerated", True),
-        ("weights", "paper", False),
-    ):
+    for options in ({"refine": "activations"}, {"schedule": "accelerated"}):
         counts = [
-            len(compress_layer(weight, slr.Recipe(
-                prune="magnitude", refine=refine, schedule=schedule, rank=3, tolerance=tolerance
-            ), gram=gram).trace)
+            len(compress_layer(
+                weight, slr.Recipe(prune="magnitude", rank=3, tolerance=tolerance, **options),
+                known=Known(gram=gram),
+            ).refined.trace)
             for tolerance in (0.0, 0.3)
         ]  # fmt: skip
         assert counts[0] == 51
-        assert (counts[1] < 10) == stops
+        assert counts[1] < 10
+    with pytest.raises(ValueError, match=r"tolerance 0.3 has no effect with schedule='paper'"):
+        slr.Recipe(prune="magnitude", tolerance=0.3)

@@ -10,6 +10,7 @@ import yaml
 import slr
 from slr.chapters import local_tasks
 from slr.chapters.choices import log_likelihoods
+from slr.evaluate.harness import tasks
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 

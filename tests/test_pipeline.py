@@ -61,15 +61,7 @@ def test_every_family_streams_saves_and_loads(kind, tied, tmp_path):
     recipe = slr.Recipe(**DATA)
     reports = slr.compress_model(whole, recipe, windows)
 
-    original = checkpoint.calibration_windows
-    checkpoint.calibration_windows = lambda *_: (
-        windows,
-        {"text": "random", "windows": 3, "seqlen": 32},
-    )
-    try:
-        streamed = slr.compress(source, recipe, out=tmp_path / "out")
-    finally:
-        checkpoint.calibration_windows = original
+    streamed = slr.compress(source, recipe, out=tmp_path / "out", calibration=windows)
     assert [r[:-1] for r in streamed] == [r[:-1] for r in reports]  # all but seconds, exactly
 
     loaded = slr.load(tmp_path / "out")

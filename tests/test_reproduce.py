@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import slr
 from slr.cli import app
+from slr.evaluate import reproduction
 from slr.evaluate.reproduction import Spec
 
 LIMIT = {"limit": 3, "seqlen": 48}
@@ -29,7 +30,7 @@ def spec(small, tmp_path):
 
 
 def test_the_specs_that_come_with_the_package():
-    assert reproduce.specs() == ["llama-2-13b", "llama-7b", "tiny"]
+    assert reproduction.specs() == ["llama-2-13b", "llama-7b", "tiny"]
     llama = Spec.read("llama-7b")
     assert (llama.seqlen, llama.dtype, llama.text) == (2048, "float16", "wikitext2")
     cells = list(llama.cells())
@@ -45,14 +46,14 @@ def test_the_specs_that_come_with_the_package():
 
 
 def test_both_headline_claims_follow_from_the_published_numbers():
-    known = reproduce.published(Spec.read("llama-7b"))
+    known = reproduction.published(Spec.read("llama-7b"))
     reduction = 1 - known["magnitude/refined"]["0.5"] / known["magnitude/pruned"]["0.5"]
     assert round(reduction, 3) == 0.539
     for mask in ("magnitude", "wanda"):
         for column, value in known[f"{mask}/refined"].items():
             if column != "0.8":  # where all are beyond use
                 assert value < known[f"{mask}/svd"].get(column, float("inf"))
-    assert reproduce.published(Spec.read("tiny")) == {}
+    assert reproduction.published(Spec.read("tiny")) == {}
 
 
 def test_a_cell_is_the_perplexity_of_the_compressed_model(small, spec):
@@ -61,17 +62,17 @@ def test_a_cell_is_the_perplexity_of_the_compressed_model(small, spec):
     calibration = slr.data.windows(slr.data.corpus("calibration"), tokenizer, 32, 2)
     for repair in ("none", "pcp", "activations"):
         recipe = slr.Recipe(prune="wanda", refine=repair, rank=2, iterations=3)
-        value, reports = reproduce.measure(small, recipe, windows, calibration)
+        value, reports = reproduction.measure(small, recipe, windows, calibration)
         model = slr.load(small, dtype=torch.float32)
         expected = slr.compress_model(model, recipe, calibration)
         assert value == pytest.approx(slr.perplexity(model, windows), rel=1e-4)
         assert [r.error for r in reports] == pytest.approx([r.error for r in expected], rel=1e-5)
     with pytest.raises(ValueError, match="needs calibration windows"):
-        reproduce.measure(small, recipe, windows)
+        reproduction.measure(small, recipe, windows)
 
 
 def test_stopped_at_will_and_never_measured_twice(spec, tmp_path, monkeypatch):
-    out, real, count = tmp_path / "cells", reproduce.measure, []
+    out, real, count = tmp_path / "cells", reproduction.measure, []
 
     def stops(*args, **kwargs):
         if len(count) % 5 == 4:
@@ -80,17 +81,17 @@ def test_stopped_at_will_and_never_measured_twice(spec, tmp_path, monkeypatch):
         count.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(reproduce, "measure", stops)
+    monkeypatch.setattr(reproduction, "measure", stops)
     for _ in range(10):
         try:
-            whole = reproduce.reproduce(spec, out)
+            whole = reproduction.reproduce(spec, out)
             break
         except KeyboardInterrupt:
             assert not list(out.rglob("*.tmp"))
     assert sum(count) == 17  # the dense model, and 2 masks of 4 repairs in 2 columns
     assert count.count(0) >= 3
-    monkeypatch.setattr(reproduce, "measure", real)
-    assert reproduce.reproduce(spec, tmp_path / "again") == whole
+    monkeypatch.setattr(reproduction, "measure", real)
+    assert reproduction.reproduce(spec, tmp_path / "again") == whole
     assert list(whole) == spec.rows
     assert list(whole["wanda/svd"]) == ["0.5", "2:4"]
     cell = json.loads((out / "wanda-refined-activations" / "2-4.json").read_text())
@@ -100,7 +101,7 @@ def test_stopped_at_will_and_never_measured_twice(spec, tmp_path, monkeypatch):
 
 
 def test_a_part_of_the_table(spec, tmp_path):
-    found = reproduce.reproduce(spec, tmp_path / "a", rows=["*/pruned"], columns=["2:4"])
+    found = reproduction.reproduce(spec, tmp_path / "a", rows=["*/pruned"], columns=["2:4"])
     assert {row: list(cells) for row, cells in found.items()} == {
         "magnitude/pruned": ["2:4"],
         "wanda/pruned": ["2:4"],
@@ -115,30 +116,30 @@ def test_a_cell_that_was_measured_differently_is_refused(spec, tmp_path):
     from dataclasses import replace
 
     out, part = tmp_path / "cells", {"rows": ["magnitude/pruned"], "columns": ["0.5"]}
-    reproduce.reproduce(spec, out, **part)
+    reproduction.reproduce(spec, out, **part)
     other = replace(spec, limit=2)
     with pytest.raises(ValueError, match="was measured with another text; give another folder"):
-        reproduce.reproduce(other, out, **part)
-    before = reproduce.grid(spec, out)
-    assert reproduce.reproduce(other, out, fresh=True, **part) != before
+        reproduction.reproduce(other, out, **part)
+    before = reproduction.grid(spec, out)
+    assert reproduction.reproduce(other, out, fresh=True, **part) != before
 
 
 def test_a_cell_from_before_an_option_is_still_the_cell(spec, tmp_path):
     part = {"rows": ["magnitude/pruned"], "columns": ["0.5"]}
-    reproduce.reproduce(spec, tmp_path, **part)
+    reproduction.reproduce(spec, tmp_path, **part)
     file = next(tmp_path.glob("*/*.json"))
     told = json.loads(file.read_text())
     del told["what"]["recipe"]["prepare"]
     file.write_text(json.dumps({**told, "perplexity": 1.0}))
-    assert reproduce.reproduce(spec, tmp_path, **part)["magnitude/pruned"]["0.5"] == 1.0
+    assert reproduction.reproduce(spec, tmp_path, **part)["magnitude/pruned"]["0.5"] == 1.0
     told["what"]["recipe"]["prune"] = "random"
     file.write_text(json.dumps(told))
     with pytest.raises(ValueError, match="measured with another recipe"):
-        reproduce.reproduce(spec, tmp_path, **part)
+        reproduction.reproduce(spec, tmp_path, **part)
 
 
 def test_the_same_table_for_another_model(spec, small, tmp_path):
-    found = reproduce.reproduce(spec, tmp_path / "a", model="tiny", rows=["dense"])
+    found = reproduction.reproduce(spec, tmp_path / "a", model="tiny", rows=["dense"])
     windows = slr.data.windows(slr.data.corpus("validation"), slr.load_tokenizer("tiny"), 48, 3)
     assert found["dense"]["dense"] == pytest.approx(slr.perplexity("tiny", windows), rel=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import slr
-from slr.tiny import train
+from examples import train_tiny as train
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ then, whoever asks.  Book: chapter 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ class Recipe:
         """
         known = {f"{k}": options.pop(k) for k in STEPS if k in options}
         refine = named("refine", known.get("refine", "weights"), REPAIRS)
-        fit = set(refine.__dataclass_fields__)  # type: ignore[attr-defined]
+        fit = _options(refine)
         if options.get("schedule", "paper") == "paper":
             fit -= {"tolerance"} if "schedule" in fit else set()
         options = {k: v for k, v in options.items() if k in fit or k not in OPTIONS}
@@ -240,7 +241,7 @@ class Recipe:
             if refine is None:
                 refine = str(self.refine)
             else:  # the rank is the model's, whatever the repair
-                fit = named("refine", refine, REPAIRS).__dataclass_fields__  # type: ignore[attr-defined]
+                fit = _options(named("refine", refine, REPAIRS))
                 kept = {k: v for k, v in kept.items() if k in fit and k.startswith("rank")}
             if {"rank", "rank_ratio"} & set(wanted):
                 kept = {k: v for k, v in kept.items() if k not in ("rank", "rank_ratio")}
@@ -288,6 +289,11 @@ def _plain(options: Mapping) -> dict:
     return found
 
 
+def _options(step: type) -> set[str]:
+    """Names of the options of a step."""
+    return {field.name for field in fields(step)}
+
+
 def _regrouped(pattern: Any, group: str | None) -> Pattern:
     """A pattern, of another group if one is given."""
     if group is not None and isinstance(pattern, Unstructured):
@@ -302,7 +308,7 @@ def _step(kind: str, step: Any, table: dict, options: dict) -> Any:
         name = str(step)
     else:
         made = named(kind, step, table)
-        known, name = set(made.__dataclass_fields__), step  # type: ignore[attr-defined]
+        known, name = _options(made), step
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"{key}={value!r} has no effect with {kind}={name!r}; leave it out")

@@ -1,7 +1,7 @@
 """Stage 1 of CAP: what one matrix could be made of.
 
 Robust PCA splits W = L + S (:func:`slr.matrix.pcp.pursue`).  The singular triplets of L and the
-entries of S are the candidates; all of them together are W, and :mod:`slr.methods.cap` chooses some.
+entries of S are the candidates; all of them together are W, and :mod:`slr.methods.cap` chooses.
 
 Neighbours share a candidate: `share` triplets, in the order of singular values, or
 share · (m + n) entries, in the order of magnitude.  The public text leaves the relative scaling of

@@ -44,7 +44,7 @@ def train_scales(
         block: dense decoder block of one of :data:`slr.methods.induction.scales.MODELS`, left as
             it is.
         inputs: of this block, as :func:`slr.model.calibrate.first_inputs` gives them, or as
-            compressed blocks before it have made them; the block is compared with itself on the same.
+            compressed blocks before it have made them; the block is compared with itself on them.
         index: its number in the model.
         options: ``Induction()`` by default.
 
