@@ -42,10 +42,11 @@ test: .venv/.ready lint  ## lint, unit tests, doctests and notebooks
 browser-test: .venv/.ready  ## look at the built book in Chromium (after make book)
 	$(BIN)/python -m pytest tests/browser/check_pages.py
 
-lint: .venv/.ready  ## ruff and mypy
+lint: .venv/.ready  ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/.ready  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
