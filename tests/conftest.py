@@ -1,4 +1,4 @@
-"""A small random LLaMA as a checkpoint folder, and the embedded model, for the tests."""
+"""Seeds, and for the tests a small random LLaMA as a checkpoint folder, and the embedded model."""
 
 import os
 
@@ -9,8 +9,16 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import slr
+
+# The same examples in every run, and no example is too slow: what passes once passes always.
+# `make fuzz` takes other ones (--hypothesis-profile=random), and more of them.
+calm = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", **calm, derandomize=True, max_examples=40)
+settings.register_profile("random", **calm, max_examples=400, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

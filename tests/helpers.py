@@ -41,22 +41,26 @@ def realistic(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32)
     return (smooth + 0.3 * smooth.std() * noise).to(dtype)
 
 
-def sparsegpt_slowly(W: Tensor, H: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+def sparsegpt_slowly(W: Tensor, H: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     """SparseGPT for n of every m kept, one column at a time in float64, blocks left out.
 
-    Returns the mask and the updated weight.
+    Returns the mask, the updated weight, and the rows in which no decision was close: in the
+    others a rounding may decide otherwise, and every later column of the row follows.
     """
     W, H = W.double().clone(), H.double().clone()
     H += 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     U = torch.linalg.cholesky(torch.linalg.inv(H)).T
     mask = torch.ones_like(W, dtype=torch.bool)
+    clear = torch.ones(len(W), dtype=torch.bool)
     for i in range(W.shape[1]):
         if i % m == 0:
             scores = W[:, i : i + m] ** 2 / U.diagonal()[i : i + m] ** 2
             mask[:, i : i + m] = select_slowly(scores, n, m)
+            ranked = scores.sort(dim=1).values
+            clear &= ranked[:, m - n - 1] < (1 - 1e-3) * ranked[:, m - n]
         error = W[:, i] * ~mask[:, i] / U[i, i]
         W[:, i:] -= torch.outer(error, U[i, i:])
-    return mask, W * mask
+    return mask, W * mask, clear
 
 
 def activations(tokens: int, n: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 from helpers import realistic
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import slr
@@ -29,7 +29,6 @@ def literal(weight, mask, fill, scale=NONE):
     filled=st.booleans(),
     stack=st.sampled_from([(), (3,)]),
 )
-@settings(max_examples=60, deadline=None)
 def test_blocks_are_the_filled_in_matrix(m, n, seed, dtype, scaled, filled, stack):
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(*stack, m, n, generator=g).to(dtype)
@@ -41,7 +40,7 @@ def test_blocks_are_the_filled_in_matrix(m, n, seed, dtype, scaled, filled, stac
     L = Filled(weight, mask, scale.to(work) if scaled else scale, work).dense(fill)
     expected = literal(weight.to(work), mask, fill, scale.to(work))
     assert torch.equal(L[~mask], expected[~mask])  # bit for bit
-    assert torch.allclose(L, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(L, expected, rtol=1e-5, atol=1e-5)  # fills of size 10 may cancel
 
 
 def test_row_blocks_cover_every_row_once(monkeypatch):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import slr
@@ -45,7 +45,6 @@ def _ends(b):
     return (0, 0) if b is None else (b.double(), b.double().abs())
 
 
-@settings(deadline=None, max_examples=25)
 @given(
     m=st.integers(1, 40),
     quarters=st.integers(1, 80),

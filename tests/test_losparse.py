@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_model
 from torch import nn
@@ -77,7 +77,6 @@ def fit(model, pruner, steps, lr=0.02, after=lambda: None):
 shapes = st.tuples(st.integers(1, 17), st.integers(1, 17))
 
 
-@settings(deadline=None, max_examples=40)
 @given(shape=shapes, percent=st.integers(1, 99), bias=st.booleans(), seed=st.integers(0, 99))
 def test_initialisation_is_the_dense_layer(shape, percent, bias, seed):
     torch.manual_seed(seed)
@@ -88,9 +87,12 @@ def test_initialisation_is_the_dense_layer(shape, percent, bias, seed):
     r = math.ceil(Fraction(percent, 100) * m * n / (m + n))
     assert layer.rank == r
     assert (layer.U.shape, layer.V.shape, layer.S.shape) == ((m, r), (r, n), (m, n))
-    U, s, Vh = torch.linalg.svd(dense.weight.detach().double(), full_matrices=False)
-    best = U[:, :r] * s[:r] @ Vh[:r]
-    assert torch.allclose((layer.U @ layer.V).double(), best, atol=1e-5)
+    # U V is as near as rank r can be (Eckart–Young).  The nearest matrix itself is not compared:
+    # where σ_r and σ_{r+1} are nearly equal, rounding decides which one it is.
+    W = dense.weight.detach().double()
+    s = torch.linalg.svdvals(W)
+    left = float((W - layer.U.double() @ layer.V.double()).norm())
+    assert left == pytest.approx(float(s[r:].norm()), abs=1e-5 * float(s.norm()))
     # √Σ on both sides: UᵀU = Σ = V Vᵀ.
     for gram in (layer.U.T @ layer.U, layer.V @ layer.V.T):
         assert torch.allclose(gram.double(), s[:r].diag(), atol=1e-5)
@@ -149,7 +151,6 @@ rows = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100)
 @given(matrices=rows, share=st.integers(0, 10))
 def test_one_threshold_over_all_matrices(matrices, share):
     total = sum(len(scores) * width for scores, width in matrices)

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 from helpers import select_slowly
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slr.matrix.patterns import NM, Unstructured, parse
@@ -17,7 +17,6 @@ from slr.matrix.patterns import NM, Unstructured, parse
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
-@settings(max_examples=60, deadline=None)
 def test_nm_equals_sorting_each_group(rows, groups, nm, levels, seed, dtype):
     n, m = nm
     g = torch.Generator().manual_seed(seed)
@@ -34,7 +33,6 @@ def test_nm_equals_sorting_each_group(rows, groups, nm, levels, seed, dtype):
     group=st.sampled_from(["row", "matrix"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
 def test_unstructured_prunes_exactly_the_smallest(rows, columns, percent, group, seed):
     pattern = Unstructured(percent / 100, group)
     g = torch.Generator().manual_seed(seed)

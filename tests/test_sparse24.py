@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from helpers import realistic
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 from torch.sparse._semi_structured_conversions import (
@@ -44,7 +44,6 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     m=st.integers(1, 40),
     quarters=st.integers(1, 40),

@@ -92,7 +92,7 @@ def test_nothing_is_left_of_what_cannot_be_done(small, tmp_path, method, monkeyp
     with pytest.raises(ValueError, match="one process, not in 2"):
         slr.compress(small, SYSTEMS[method](**QUICK), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(TypeError, match="recipe is 'best'; it must be a slr.Recipe, slr.CAP or"):
+    with pytest.raises(TypeError, match="recipe is 'best'; it must be"):
         slr.compress(small, "best", out=tmp_path / "out")
 
 

@@ -130,7 +130,7 @@ def seen(tmp_path_factory):
             "--window-size=1400,1000", "--virtual-time-budget=600000", "--dump-dom",
             f"http://localhost:{server.server_address[1]}/look",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, capture_output=True, text=True)
         server.shutdown()
     told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     assert told, f"the browser told nothing: {done.stderr[-500:]}"
