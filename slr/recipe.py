@@ -40,7 +40,7 @@ class Recipe:
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement.
-        schedule: of the refinement, ``"paper"`` or ``"accelerated"``.
+        schedule: of the refinement, ``"paper"``, ``"constant"`` or ``"accelerated"``.
         tolerance: stop refining when an iteration lowers the error by less than this share of
             it; not for the paper's schedule, whose ramp has to be run to its end.
         update_mask: with ``refine="activations"``: choose the mask anew while refining.
