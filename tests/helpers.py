@@ -20,6 +20,19 @@ def algorithm_1(W: Tensor, P: Tensor, k: int, T: int) -> tuple[Tensor, Tensor, T
     return S, U[:, :k] * sigma[:k], Vh[:k]
 
 
+def constant_rank(W: Tensor, P: Tensor, k: int, T: int) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 without its ramp: rank k in each of T iterations, with full SVDs.
+
+    Returns S and M = [W - S_T]_k, S being W - M on the mask.
+    """
+    S = W * P
+    for _ in range(T + 1):
+        U, sigma, Vh = torch.linalg.svd(W - S, full_matrices=False)
+        M = U[:, :k] @ torch.diag(sigma[:k]) @ Vh[:k]
+        S = P * (W - M)
+    return S, M
+
+
 def select_slowly(scores: Tensor, n: int, m: int) -> Tensor:
     """n kept of every m, one group at a time with sorted(); of equals the later one stays."""
     mask = torch.zeros_like(scores, dtype=torch.bool)

@@ -14,9 +14,11 @@ that form, for which only W, P and thin factors are needed:
   from the last singular vectors replaces the SVD, and L is never stored: row block by row
   block, fill in (B A on the mask), then L V and Lᵀ(L V).
 
-and with two schedules:
+and with three schedules:
 
 - ``schedule="paper"``: the ramp r_t = 1 + ⌊(k-1) t / (T-1)⌋.
+- ``schedule="constant"``: rank k throughout; on a problem with an exact answer it finds it where
+  the ramp, which is at rank k only once, does not (chapter 6).
 - ``schedule="accelerated"``: rank k throughout and Nesterov momentum on the filled-in
   matrix; a lower error in fewer iterations.
 
@@ -44,7 +46,7 @@ from slr.matrix.result import Refined, Step
 
 __all__ = ["SCHEDULES", "SOLVERS", "ramp", "refine", "svd_repair"]
 
-SCHEDULES = ("paper", "accelerated")
+SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
 
 
@@ -133,7 +135,8 @@ def refine(
         iterations: T, at least 1.
         metric: how errors are weighed; ``None`` is ``Identity()``, the paper, data-free.
         solver: ``"fast"`` or ``"exact"``.  (``Gram`` has one solver of its own.)
-        schedule: ``"paper"`` (rank ramp) or ``"accelerated"`` (rank k with momentum).
+        schedule: ``"paper"`` (rank ramp), ``"constant"`` (rank k) or ``"accelerated"`` (rank k
+            with momentum).
         tolerance: stop once an iteration lowers the error by less than this share of it; 0
             never stops.  Not with ``schedule="paper"``, whose ramp is made for T iterations.
         generator: for the fast solver's random start; one seeded with 0 when ``None``, so
@@ -148,8 +151,8 @@ def refine(
     Returns:
         :class:`Refined` in the dtype of `weight`, computed in float32 (float64 for float64).
         Its low-rank part is the best rank-k approximation of weight - sparse (for
-        ``"fast"`` to solver accuracy).  Under ``"accelerated"`` a last step sets
-        sparse = weight - B A on the mask, so that the error is all off the mask.
+        ``"fast"`` to solver accuracy).  Without a ramp a last step sets sparse = weight - B A on
+        the mask, so that the error is all off the mask.
 
     Raises:
         ValueError: shapes that differ, a rank out of range, non-finite weights, an unknown
@@ -213,7 +216,7 @@ def _iterate(
         low, error = leading(fill, r, steps=1 + (paper and t >= iterations - POLISH))
         steps.append(Step(r, error))
         B, A = low.factors()
-        if paper or previous is None:
+        if schedule != "accelerated" or previous is None:
             fill = (B, A)
         else:
             following = (1 + math.sqrt(1 + 4 * theta**2)) / 2
