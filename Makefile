@@ -11,7 +11,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Threads that wait for one another sleep; spinning, they take the time of whatever else runs here.
+# Threads that wait for one another sleep.  If they spin, and something else runs here too, a chapter
+# takes many times as long.  `setup` writes it into the kernel as well, for jupyter lab.
 export OMP_WAIT_POLICY := PASSIVE
 
 # The longest first, so that two workers finish together.

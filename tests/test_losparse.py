@@ -91,7 +91,7 @@ def test_initialisation_is_the_dense_layer(shape, percent, bias, seed):
     # where σ_r and σ_{r+1} are nearly equal, rounding decides which one it is.
     W = dense.weight.detach().double()
     s = torch.linalg.svdvals(W)
-    left = float((W - layer.U.double() @ layer.V.double()).norm())
+    left = float((W - (layer.U @ layer.V).detach().double()).norm())
     assert left == pytest.approx(float(s[r:].norm()), abs=1e-5 * float(s.norm()))
     # √Σ on both sides: UᵀU = Σ = V Vᵀ.
     for gram in (layer.U.T @ layer.U, layer.V @ layer.V.T):

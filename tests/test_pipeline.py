@@ -481,7 +481,9 @@ from slr.model import distributed
 real = module.compress_layer
 def broken(*args, **options):
     if ranks.rank() == 1:
-        raise RuntimeError("rank 1 is broken")
+        # Said here: torchrun may end a process before it has shown its error.
+        print("rank 1 is broken", file=sys.stderr, flush=True)
+        raise RuntimeError
     return real(*args, **options)
 module.compress_layer = broken
 slr.compress(sys.argv[1], slr.Recipe(prune="magnitude", iterations=2), out=sys.argv[2])
@@ -490,7 +492,7 @@ slr.compress(sys.argv[1], slr.Recipe(prune="magnitude", iterations=2), out=sys.a
     args = [*TORCHRUN, str(tmp_path / "run.py"), str(small), str(tmp_path / "out")]
     done = subprocess.run(args, capture_output=True, text=True)  # does not hang
     assert done.returncode != 0
-    assert "rank 1 is broken" in done.stderr
+    assert "rank 1 is broken" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
 
