@@ -100,6 +100,6 @@ def test_bfloat16_is_chosen_for_large_matrices_on_fast_processors_only(monkeypat
 def test_both_solvers_know_the_tail():
     whole = Filled(W, MASK, NONE, torch.float32)
     exact = torch.linalg.svdvals(literal(W, MASK, None).double())[3:].norm()
-    assert FullSVD(whole)(None, 3)[1] == pytest.approx(float(exact), rel=1e-5)
+    assert FullSVD(whole, 3)(None, 3)[1] == pytest.approx(float(exact), rel=1e-5)
     fast = Subspace(whole, 30, torch.Generator().manual_seed(0))
     assert fast(None, 3)[1] == pytest.approx(float(exact), rel=1e-3)

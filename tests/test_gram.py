@@ -39,9 +39,9 @@ def test_sparsegpt_is_the_literal_algorithm(seed, m, groups):
 def test_sparsegpt_blocks_counts_and_gain(pattern, monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules["slr.prune"], "BLOCK", 8)
+    monkeypatch.setattr(sys.modules["slr.matrix.pruning"], "BLOCK", 8)
     mask, updated = slr.prune(W, "sparsegpt", pattern, gram=H)
-    kept = slr.patterns.parse(pattern, "matrix")
+    kept = slr.patterns.parse(pattern, None if ":" in pattern else "matrix")
     assert kept.verify(mask)
     assert not updated[~mask].any()
     plain = slr.prune(W, "wanda", pattern, activation_norm=H.diagonal().sqrt()).weight

@@ -50,7 +50,7 @@ def test_says_so_when_it_did_not_converge():
     [
         ({"balance": 0}, "balance 0"),
         ({"tolerance": 0}, "tolerance 0"),
-        ({"iterations": 0}, "iterations 0"),
+        ({"iterations": 0}, "iterations is 0"),
         ({"mask": torch.ones(2, 2).bool()}, "(2, 2)"),
     ],
 )

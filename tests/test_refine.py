@@ -40,9 +40,7 @@ def test_fast_reaches_the_exact_error(shape, pattern, schedule):
     W = realistic(*shape)
     mask = slr.prune(W, "magnitude", pattern).mask
     exact, fast = (slr.refine(W, mask, 4, solver=s, schedule=schedule) for s in ("exact", "fast"))
-    # At rank k from the start the two paths part slightly, and either may end lower.
-    limit = {"paper": 1.001, "constant": 1.005, "accelerated": 1.003}[schedule]
-    assert error(W, fast) <= limit * error(W, exact)
+    assert error(W, fast) <= 1.001 * error(W, exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -254,7 +252,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert ours.error == pytest.approx(best, rel=1e-3)
     rounded = (W.double() - ours.sparse.double() - ours.B.double() @ ours.A.double()).norm()
     assert float(rounded) < 1.002 * best  # rounding of the result, once
-    assert float(rounded) <= in_dtype
+    assert float(rounded) <= in_dtype * 1.0001  # in float16 the two are nearly the same
 
 
 def test_half_precision_does_not_overflow():

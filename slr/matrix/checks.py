@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_count",
-    "check_finite",
-    "check_mask",
-    "check_matrix",
-    "check_rank",
+    "check_count", "check_finite", "check_integer", "check_mask", "check_matrix", "check_rank",
     "check_seqlen",
-]
+]  # fmt: skip
 
 
 def check_matrix(name: str, value: Tensor, batch: bool = False) -> None:
@@ -78,13 +74,23 @@ def check_rank(rank: int, shape: Sequence[int]) -> None:
     Traceback (most recent call last):
     ValueError: rank is 0; for a matrix of shape (8, 4) it must be from 1 to 4
     """
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank is {rank!r}; it must be an integer")
+    check_integer("rank", rank)
     if not 1 <= rank <= min(shape):
         raise ValueError(
             f"rank is {rank}; for a matrix of shape {tuple(shape)} it must be "
             f"from 1 to {min(shape)}"
         )
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an integer, of Python or numpy.
+
+    >>> check_integer("rank", 2.5)
+    Traceback (most recent call last):
+    TypeError: rank is 2.5; it must be an integer
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
 
 
 def check_count(name: str, value: object, hint: str = "") -> None:
@@ -94,8 +100,7 @@ def check_count(name: str, value: object, hint: str = "") -> None:
     Traceback (most recent call last):
     TypeError: iterations is 2.5; it must be an integer
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    check_integer(name, value)
     if value < 1:  # type: ignore[operator]
         raise ValueError(f"{name} is {value}; it must be at least 1 {hint}".rstrip())
 
@@ -107,7 +112,6 @@ def check_seqlen(seqlen: object) -> None:
     Traceback (most recent call last):
     ValueError: seqlen is 0; a window needs at least 2 tokens
     """
-    if isinstance(seqlen, bool) or not hasattr(seqlen, "__index__"):
-        raise TypeError(f"seqlen is {seqlen!r}; it must be an integer")
+    check_integer("seqlen", seqlen)
     if seqlen < 2:  # type: ignore[operator]
         raise ValueError(f"seqlen is {seqlen}; a window needs at least 2 tokens")

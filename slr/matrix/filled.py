@@ -19,10 +19,16 @@ from torch import Tensor
 
 from slr.matrix.lowrank import LowRank, ritz, truncated_svd
 
-__all__ = ["Factors", "Filled", "FullSVD", "Subspace", "fast_bfloat16", "keep_", "row_blocks"]
+__all__ = [
+    "RANGE", "Factors", "Filled", "FullSVD", "Subspace", "fast_bfloat16", "keep_", "row_blocks",
+    "svd_pays",
+]  # fmt: skip
 
 OVERSAMPLING = 8  # directions that the power steps carry beyond the rank
 WARMUP = 3  # power steps on the first L, and again on the last
+SMALL, MIDDLE = 128, 1024  # sides up to which a full SVD is as fast as power steps, and nearly so
+SHARE = 32  # a rank above a 32nd of the side is found too slowly by one power step a time
+RANGE = 30.0  # of singular values, above which products in float32 lose the small ones
 POLISH = 10  # last iterations of a ramp, which take two: what it added last has to settle
 CLOSE = 0.1  # ‖L - [L]_r‖ / ‖L‖ below which bfloat16's rounding of 2^-8 an entry would show
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of L that exist at a time: cache, occupancy
@@ -44,6 +50,20 @@ def row_blocks(like: Tensor, share: int = 1) -> list[slice]:
     entries = BLOCK.get(like.device.type, 1 << 24) // share
     height = max(16, entries // (n * math.prod(batch)))
     return [slice(top, min(top + height, m)) for top in range(0, m, height)]
+
+
+def svd_pays(like: Tensor, rank: int) -> bool:
+    """Is a full SVD of (…, m, n) as fast as power steps that come as near?
+
+    It is for small matrices, and for middling ones at a rank above an eighth of their side.
+
+    Cost: none.
+
+    >>> svd_pays(torch.empty(576, 576), 128), svd_pays(torch.empty(4096, 4096), 128)
+    (True, False)
+    """
+    side = min(like.shape[-2:])
+    return side <= SMALL or (side <= MIDDLE and 8 * rank > side)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -163,17 +183,27 @@ class FullSVD:
 
     Args:
         filled: L (…, m, n).
+        rank: the largest that will be asked for.
+
+    Attributes:
+        range: of the singular values of the first L, as for :class:`Subspace`.
 
     Cost: O(m n min(m, n)) a call.
 
     >>> W = torch.diag(torch.tensor([3.0, 4.0]))
-    >>> low, tail = FullSVD(Filled(W, W > 9, torch.ones(()), torch.float32))(None, 1)
+    >>> low, tail = FullSVD(Filled(W, W > 9, torch.ones(()), torch.float32), 1)(None, 1)
     >>> float(low.s), tail
     (4.0, 3.0)
     """
 
-    def __init__(self, filled: Filled) -> None:
+    def __init__(self, filled: Filled, rank: int) -> None:
         self.filled = filled
+        low, self.first = self(None, rank)
+        self.range = _range(low.s)
+
+    def one_shot(self, rank: int) -> float:
+        """‖L - [L]_r‖_F of the first L, for the rank it was made with."""
+        return self.first
 
     def __call__(self, fill: Factors | None, rank: int, steps: int = 1) -> tuple[LowRank, float]:
         """The leading `rank` triplets of L, and ‖L - [L]_r‖_F; `steps` is without meaning here."""
@@ -195,8 +225,11 @@ class Subspace:
         generator: for the first vectors.
         search: dtype of the products of all but the last steps; None chooses.
 
+    Attributes:
+        range: the largest singular value of the first L over the smallest that is followed.
+
     Cost: 2 m n (r + 2 q) FLOPs a step for a fill of rank r and q = rank + 8 vectors, and
-        O((m + n) q²) for the vectors.
+        O((m + n) q²) for the vectors.  Above a rank of a 32nd of the side, three steps at a time.
     Source: block power iteration with Rayleigh-Ritz, warm-started; our own arrangement.
 
     >>> W = torch.diag(torch.tensor([3.0, 4.0]))
@@ -225,12 +258,14 @@ class Subspace:
         self.Y = filled.inside.new_empty(*batch, m, width)
         self.Z = filled.inside.new_empty(*batch, n, width)
         self.V = self._random()
+        self.often = 1 if SHARE * rank <= min(m, n) else 3
         for _ in range(WARMUP - 1):
-            self(None, rank)
+            s = self(None, rank)[0].s
+        self.range = _range(s)
 
     def __call__(self, fill: Factors | None, rank: int, steps: int = 1) -> tuple[LowRank, float]:
         """The leading `rank` triplets of L that so many steps find, and ‖L - [L]_r‖_F."""
-        for _ in range(steps):
+        for _ in range(steps * self.often):
             low, tail = self._step(fill, rank)
         return low, tail
 
@@ -252,6 +287,10 @@ class Subspace:
             self.filled = self.fine
         return low, tail
 
+    def one_shot(self, rank: int) -> float:
+        """‖L - [L]_r‖_F of the first L, to the accuracy of some more steps."""
+        return self(None, rank, WARMUP)[1]
+
     def last(self, fill: Factors, rank: int) -> LowRank:
         """The leading `rank` triplets of L, by several steps."""
         for step in range(WARMUP):
@@ -264,6 +303,11 @@ class Subspace:
         return torch.randn(
             self.Z.shape, generator=self.generator, dtype=self.Z.dtype, device=self.Z.device
         )
+
+
+def _range(s: Tensor) -> float:
+    """Largest over smallest of singular values (…, r), over all matrices of a stack."""
+    return float((s[..., 0] / s[..., -1].clamp_min(torch.finfo(s.dtype).tiny)).max())
 
 
 def _tail(norm2: Tensor, low: LowRank) -> tuple[float, float]:

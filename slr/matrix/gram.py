@@ -164,7 +164,7 @@ def refine_gram(
         B, A, AH = U[:, :rank], A[:rank], AH[:rank]
         if update_mask is not None and turn < iterations // 2:
             target = torch.addmm(work, B, A, alpha=-1)
-            mask = update_mask.select(target.abs() * loudness)
+            mask = update_mask.chosen(target.abs() * loudness)
             S = torch.where(mask & (S != 0), S, target * mask)
             torch.matmul(work - S, H, out=image)
         image.addmm_(B, AH, alpha=-1)  # now (W - B A - S) H

@@ -114,7 +114,8 @@ def ritz(Y: Tensor, Z: Tensor) -> LowRank:
     floor = 10 * torch.finfo(Y.dtype).eps
     # V came from the last step, so the columns of Y are nearly orthogonal but of very different
     # length: at unit length their Gram matrix is well conditioned.
-    gram = (Y.mT @ Y).double()
+    wide = Y.double()
+    gram = wide.mT @ wide
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = _inverse(length, length > 0)
     d, E = torch.linalg.eigh(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))

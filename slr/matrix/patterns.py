@@ -93,7 +93,11 @@ class Unstructured:
 
         Cost: one selection of the threshold a group, O(m n).
         """
-        rows = _checked_scores(scores)
+        return self.chosen(_checked_scores(scores))
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """As :meth:`select`, of scores that are known to be a finite matrix."""
+        rows = scores
         if self.group == "matrix":
             rows = rows.reshape(1, -1)
         count = self.pruned_in(rows.shape[1])
@@ -168,7 +172,11 @@ class NM:
 
         Cost: m² comparisons a group, no sort.
         """
-        columns = _checked_scores(scores).shape[1]
+        return self.chosen(_checked_scores(scores))
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """As :meth:`select`, of scores that are known to be a finite matrix."""
+        columns = scores.shape[1]
         if columns % self.m:
             raise ValueError(
                 f"pattern {self} needs columns divisible by {self.m}, but there are {columns}"

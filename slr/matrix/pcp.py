@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slr.matrix.checks import check_mask, check_matrix
+from slr.matrix.assembly import unit_of, working
+from slr.matrix.checks import check_count, check_mask, check_matrix
 from slr.matrix.lowrank import shrink
 from slr.matrix.refinement import svd_repair
 from slr.matrix.result import Refined
@@ -35,6 +36,7 @@ class Pursuit(NamedTuple):
     gap: float
 
 
+@torch.no_grad()
 def pursue(
     weight: Tensor,
     mask: Tensor | None = None,
@@ -70,12 +72,12 @@ def pursue(
     check_matrix("weight", weight)
     if mask is not None:
         check_mask(mask, weight)
+    check_count("iterations", iterations)
     lam = 1 / max(weight.shape) ** 0.5 if balance is None else balance
-    if not lam > 0 or not tolerance > 0 or iterations < 1:
-        raise ValueError(
-            f"balance {lam}, tolerance {tolerance} and iterations {iterations} must be positive"
-        )
-    W = weight if weight.dtype == torch.float64 else weight.float()
+    if not lam > 0 or not tolerance > 0:
+        raise ValueError(f"balance {lam} and tolerance {tolerance} must be positive")
+    unit = unit_of(weight)
+    W = weight.detach().to(working(weight)) / unit
     size = W.norm()
     if size == 0:
         return Pursuit(W.clone(), W.clone(), 0, 0.0)
@@ -94,14 +96,14 @@ def pursue(
         dual += penalty * rest
         gap = float(rest.norm() / size)
         if gap <= tolerance:
-            return Pursuit(L, S, count, gap)
+            return Pursuit(L * unit, S * unit, count, gap)
         penalty = min(penalty * GROWTH, largest)
     warnings.warn(
         f"principal component pursuit stopped after {iterations} iterations at a gap of {gap:.1e}",
         RuntimeWarning,
         stacklevel=2,
     )
-    return Pursuit(L, S, iterations, gap)
+    return Pursuit(L * unit, S * unit, iterations, gap)
 
 
 def pcp_repair(weight: Tensor, mask: Tensor, rank: int, **options) -> Refined:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slr.matrix.assembly import unit_of
 from slr.matrix.checks import check_finite, check_matrix
 from slr.matrix.metric import Gram, definite
 from slr.matrix.patterns import NM, Pattern, parse
@@ -40,6 +41,7 @@ class Pruned(NamedTuple):
     weight: Tensor
 
 
+@torch.no_grad()
 def prune(
     weight: Tensor,
     method: str,
@@ -83,7 +85,7 @@ def prune(
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; it must be one of {', '.join(METHODS)}")
     check_matrix("weight", weight)
-    pattern = parse(pattern)
+    weight, pattern = weight.detach(), parse(pattern)
     if method == "sparsegpt":
         return _sparsegpt(weight, pattern, gram)
     if method == "random":
@@ -91,8 +93,9 @@ def prune(
     else:
         scores = weight.abs().float()
     if method == "wanda":
-        scores = scores * _checked_norm(activation_norm, weight)
-    mask = pattern.select(scores)
+        norm = _checked_norm(activation_norm, weight)
+        scores = scores / unit_of(scores) * (norm / unit_of(norm))
+    mask = pattern.chosen(scores)
     return Pruned(mask, weight * mask)
 
 
@@ -129,7 +132,8 @@ def _sparsegpt(weight: Tensor, pattern: Pattern, gram: Tensor | None) -> Pruned:
     if isinstance(pattern, NM) and n % pattern.m:
         raise ValueError(f"pattern {pattern} needs columns divisible by {pattern.m}; there are {n}")
     U, dead = _inverse_factor(weight, gram)
-    W = weight.float().clone()
+    unit = unit_of(weight)  # squares of its entries are to stay in range
+    W = weight.float() / unit
     W[:, dead] = 0
     mask = torch.ones_like(W, dtype=torch.bool)
     step = pattern.m if isinstance(pattern, NM) else 1
@@ -148,8 +152,14 @@ def _sparsegpt(weight: Tensor, pattern: Pattern, gram: Tensor | None) -> Pruned:
         for i in range(right - left):
             if isinstance(pattern, NM) and i % step == 0:
                 group = slice(i, i + step)
-                keep[:, group] = pattern.select(block[:, group].square() / scale[group])
+                keep[:, group] = pattern.chosen(block[:, group].square() / scale[group])
             errors[:, i] = block[:, i] * ~keep[:, i] / u[i, i]
             block[:, i:] -= torch.outer(errors[:, i], u[i, i:])
         W[:, right:] -= errors @ U[left:right, right:]
-    return Pruned(mask, (W * mask).to(weight.dtype))
+    kept = (W * mask * unit).to(weight.dtype)
+    if not bool(kept.isfinite().all()):
+        raise ValueError(
+            f"weight reaches {float(weight.abs().amax()):.3g}, and what SparseGPT makes of it does "
+            f"not fit {weight.dtype}; give it in float32, or scale it down"
+        )
+    return Pruned(mask, kept)

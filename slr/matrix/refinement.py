@@ -31,13 +31,23 @@ Book: chapters 5 and 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slr.matrix.checks import check_mask, check_matrix, check_rank
-from slr.matrix.filled import POLISH, Factors, Filled, FullSVD, Subspace, keep_, row_blocks
+from slr.matrix.assembly import assemble, in_units, working
+from slr.matrix.checks import check_count, check_mask, check_matrix, check_rank
+from slr.matrix.filled import (
+    POLISH,
+    RANGE,
+    Factors,
+    Filled,
+    FullSVD,
+    Subspace,
+    row_blocks,
+    svd_pays,
+)
 from slr.matrix.gram import best_low_rank, refine_gram
 from slr.matrix.lowrank import truncated_svd
 from slr.matrix.metric import Diagonal, Gram, Identity, Metric
@@ -48,6 +58,7 @@ __all__ = ["SCHEDULES", "SOLVERS", "ramp", "refine", "svd_repair"]
 
 SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
+ROUNDING = 1e-6  # of an error
 
 
 def ramp(rank: int, iterations: int) -> list[int]:
@@ -66,6 +77,7 @@ def ramp(rank: int, iterations: int) -> list[int]:
     return [rank if iterations == 1 else 1 + (rank - 1) * t // last for t in range(iterations)]
 
 
+@torch.no_grad()
 def svd_repair(
     weight: Tensor,
     mask: Tensor,
@@ -97,21 +109,26 @@ def svd_repair(
     >>> svd_repair(W, W > 3, 1).error  # off-diagonal [[0, 1], [2, 0]] keeps its 2
     1.0
     """
-    metric = _check(weight, mask, rank, metric)
-    dtype = _working(weight)
+    metric, weight = _check(weight, mask, rank, metric)
     if sparse is not None and (sparse.shape != weight.shape or bool(sparse[~mask].any())):
         raise ValueError("sparse must have the shape of weight and be zero off the mask")
-    kept = weight * mask if sparse is None else sparse
-    rest = weight.to(dtype) - kept
+    kept = weight * mask if sparse is None else sparse.detach()
+    return in_units(weight, metric, lambda W, M, unit: _one_shot(W, mask, M, rank, kept / unit))
+
+
+def _one_shot(weight: Tensor, mask: Tensor, metric: Metric, rank: int, kept: Tensor) -> Refined:
+    """The repair of what `kept` leaves."""
+    rest = weight.to(working(weight)) - kept
     if isinstance(metric, Gram):
         B, A = best_low_rank(rest, metric, rank)
     else:
         scale, back = _scales(metric, rest)
         B, A = truncated_svd(rest * scale, rank).factors()
         A = A * back
-    return finish(weight, mask, (B, A), [], metric, lambda rows: kept[..., rows, :])
+    return assemble(weight, mask, (B, A), [], metric, lambda rows: kept[..., rows, :])
 
 
+@torch.no_grad()
 def refine(
     weight: Tensor,
     mask: Tensor,
@@ -152,15 +169,19 @@ def refine(
         :class:`Refined` in the dtype of `weight`, computed in float32 (float64 for float64).
         Its low-rank part is the best rank-k approximation of weight - sparse (for
         ``"fast"`` to solver accuracy).  Without a ramp a last step sets sparse = weight - B A on
-        the mask, so that the error is all off the mask.
+        the mask, so that the error is all off the mask.  Its error is never above that of
+        :func:`svd_repair`: a fast result that is no better is done again exactly, and an exact one
+        gives way to it.  The trace then holds both and is longer than `iterations` + 1.
 
     Raises:
         ValueError: shapes that differ, a rank out of range, non-finite weights, an unknown
             solver or schedule, a metric of another width.
         TypeError: `weight` is not floating point or `mask` not boolean.
 
-    Cost: ``fast`` about 6 T m n (k + 8) FLOPs (accelerated: 8) and, beside the result, some
-        `BLOCK` floats; ``exact`` T full SVDs.  ``Gram``: see :func:`slr.matrix.gram.refine_gram`.
+    Cost: ``fast`` about 6 T m n (k + 8) FLOPs (accelerated: 8), thrice that for a rank above a
+        32nd of the side, and, beside the result, some `BLOCK` floats; ``exact`` T full SVDs, as
+        ``fast`` where :func:`~slr.matrix.filled.svd_pays`.  Where singular values are of very
+        different size, products are in float64.  ``Gram``: see :func:`slr.matrix.gram.refine_gram`.
     Source: Targeted Low-rank Refinement (ICML 2025), Algorithm 1; momentum: Nesterov 1983 in
         the form of Beck and Teboulle 2009.
 
@@ -172,35 +193,83 @@ def refine(
     >>> refined.error < svd_repair(W, mask, rank=4).error
     True
     """
-    _check_choices(iterations, solver, schedule, tolerance)
-    metric = _check(weight, mask, rank, metric)
+    iterations = _check_choices(iterations, solver, schedule, tolerance)
+    metric, weight = _check(weight, mask, rank, metric)
     if update_mask is not None and not isinstance(metric, Gram):
         raise ValueError("update_mask needs metric=Gram(…)")
-    dtype = _working(weight)
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     if isinstance(metric, Gram):
-        kept, mask, low, steps = refine_gram(
-            weight.to(dtype), mask, metric, rank,
-            iterations=iterations, tolerance=tolerance, generator=generator,
-            update_mask=None if update_mask is None else parse(update_mask),
+        pattern = None if update_mask is None else parse(update_mask)
+        limits = {"iterations": iterations, "tolerance": tolerance}
+        return in_units(
+            weight, metric,
+            lambda W, M, _: _by_outputs(W, mask, M, rank, pattern, generator, **limits),
         )  # fmt: skip
-        return finish(weight, mask, low, steps, metric, lambda rows: kept[rows])
+    if tolerance and schedule == "paper":
+        raise ValueError(
+            f"tolerance {tolerance:g} has no effect with schedule='paper', whose ramp is run to "
+            "its end"
+        )
+    exact = solver == "exact" or svd_pays(weight, rank)
+    return in_units(
+        weight, metric,
+        lambda W, M, _: _by_weights(
+            W, mask, M, rank, exact, generator, search_dtype,
+            iterations=iterations, schedule=schedule, tolerance=tolerance,
+        ),
+    )  # fmt: skip
 
-    scale, back = _scales(metric, weight.new_empty((), dtype=dtype))
-    filled = Filled(weight, mask, scale, dtype)
-    exact = solver == "exact"
-    leading = FullSVD(filled) if exact else Subspace(filled, rank, generator, search_dtype)
-    fill, steps = _iterate(leading, rank, iterations, schedule, tolerance)
+
+def _by_outputs(
+    weight: Tensor, mask: Tensor, metric: Metric, rank: int, update_mask: Pattern | None,
+    generator: torch.Generator, **limits: Any,
+) -> Refined:  # fmt: skip
+    """Refine in the Gram metric."""
+    assert isinstance(metric, Gram)
+    kept, chosen, low, steps = refine_gram(
+        weight.to(working(weight)), mask, metric, rank, generator=generator,
+        update_mask=update_mask, **limits,
+    )  # fmt: skip
+    return assemble(weight, chosen, low, steps, metric, lambda rows: kept[rows])
+
+
+def _by_weights(
+    weight: Tensor, mask: Tensor, metric: Metric, rank: int, exact: bool,
+    generator: torch.Generator, search: torch.dtype | None, **limits: Any,
+) -> Refined:  # fmt: skip
+    """Refine in the other metrics; what is no better than one SVD is done again, exactly."""
+    scale, back = _scales(metric, weight.new_empty((), dtype=working(weight)))
+    filled = Filled(weight, mask, scale, working(weight))
+    leading = FullSVD(filled, rank) if exact else Subspace(filled, rank, generator, search)
+    if leading.range > RANGE and weight.device.type in ("cpu", "cuda"):  # which have float64
+        filled = Filled(weight, mask, scale, torch.float64)
+        leading = FullSVD(filled, rank) if exact else Subspace(filled, rank, generator)
+    fill, steps = _iterate(leading, rank, **limits)
     B, A = leading.last(fill, rank).factors()
     # In units of the weight again.  Channels of scale 0 keep their weights.
     low = B, A * back
-    last = (fill[0], fill[1] * back) if schedule == "paper" else low
+    last = (fill[0], fill[1] * back) if limits["schedule"] == "paper" else low
 
-    def kept_rows(rows: slice) -> Tensor:
+    def kept(rows: slice) -> Tensor:
         return weight[..., rows, :] - last[0][..., rows, :] @ last[1]
 
+    one_shot = leading.one_shot(rank)
     del leading, filled  # and their buffers
-    return finish(weight, mask, low, steps, metric, kept_rows)
+    refined = assemble(weight, mask, low, steps, metric, kept)
+    if refined.error <= one_shot * (1 + ROUNDING) or refined.error <= ROUNDING * _size(
+        weight, metric
+    ):
+        return refined
+    if not exact:
+        better = _by_weights(weight, mask, metric, rank, True, generator, None, **limits)
+    else:
+        better = svd_repair(weight, mask, rank, metric)
+    return better._replace(trace=(*refined.trace, *better.trace))
+
+
+def _size(weight: Tensor, metric: Metric) -> float:
+    """‖W‖ in a metric."""
+    return math.sqrt(sum(metric.error(weight[..., rows, :]) ** 2 for rows in row_blocks(weight)))
 
 
 def _iterate(
@@ -213,7 +282,8 @@ def _iterate(
     fill: Factors | None = None
     previous: Factors | None = None
     for t, r in enumerate(ramp(rank, iterations) if paper else [rank] * iterations):
-        low, error = leading(fill, r, steps=1 + (paper and t >= iterations - POLISH))
+        polish = schedule != "accelerated" and t >= iterations - POLISH
+        low, error = leading(fill, r, steps=1 + polish)
         steps.append(Step(r, error))
         B, A = low.factors()
         if schedule != "accelerated" or previous is None:
@@ -235,21 +305,21 @@ def _iterate(
     return fill, steps
 
 
-def _check_choices(iterations: int, solver: str, schedule: str, tolerance: float) -> None:
+def _check_choices(iterations: int, solver: str, schedule: str, tolerance: float) -> int:
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; it must be one of {', '.join(SOLVERS)}")
     if schedule not in SCHEDULES:
         raise ValueError(
             f"schedule {schedule!r} is unknown; it must be one of {', '.join(SCHEDULES)}"
         )
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; it must be at least 1")
+    check_count("iterations", iterations)
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it must be from 0 to below 1")
+    return int(iterations)
 
 
-def _check(weight: Tensor, mask: Tensor, rank: int, metric: Metric | None) -> Metric:
-    """Raise unless the problem is well posed; the metric."""
+def _check(weight: Tensor, mask: Tensor, rank: int, metric: Metric | None) -> tuple[Metric, Tensor]:
+    """Raise unless the problem is well posed; the metric, and the weight without its history."""
     check_matrix("weight", weight, batch=True)
     check_mask(mask, weight)
     check_rank(rank, weight.shape[-2:])
@@ -259,11 +329,7 @@ def _check(weight: Tensor, mask: Tensor, rank: int, metric: Metric | None) -> Me
     metric.check(weight.shape[-1])
     if isinstance(metric, Gram) and weight.ndim != 2:
         raise ValueError("Gram refines one matrix at a time, but weight is a stack")
-    return metric
-
-
-def _working(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return metric, weight.detach()
 
 
 def _scales(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,26 +339,3 @@ def _scales(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
         return one, one
     scale = metric.scale.to(like.device, like.dtype)
     return scale, (scale > 0) / torch.where(scale > 0, scale, 1)
-
-
-def finish(
-    weight: Tensor,
-    mask: Tensor,
-    low: Factors,
-    steps: list[Step],
-    metric: Metric,
-    kept: Callable[[slice], Tensor],
-) -> Refined:
-    """The result from its factors and `kept`, which gives S of some rows, on the mask at least."""
-    B, A = low
-    sparse = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    square = 0.0
-    for rows in row_blocks(weight, share=8):
-        S = keep_(kept(rows).to(B.dtype, copy=True), mask[..., rows, :])
-        sparse[..., rows, :] = S
-        rest = weight[..., rows, :] - S
-        rest -= B[..., rows, :] @ A
-        square += metric.error(rest) ** 2
-    trace = (*steps, Step(A.shape[-2], square**0.5))
-    dtype = weight.dtype
-    return Refined(sparse, B.to(dtype).contiguous(), A.to(dtype).contiguous(), trace, mask)

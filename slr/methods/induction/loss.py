@@ -97,7 +97,7 @@ def soft_mask(scores: Tensor, pattern: Pattern, temperature: float) -> Tensor:
     >>> mask.tolist(), [round(x, 3) for x in scores.grad[0].tolist()]
     ([[1.0, 0.0, 1.0, 0.0]], [0.0, 0.118, -0.118, 0.0])
     """
-    hard = pattern.select(scores.detach())
+    hard = pattern.chosen(scores.detach())
     if isinstance(pattern, NM):
         width = pattern.m
     else:
