@@ -13,90 +13,21 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 import slr
+import slr.options as opt
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
 from slr.evaluate.origin import provenance
-from slr.matrix.refinement import SCHEDULES
-from slr.matrix.steps import PRUNERS, REPAIRS
-from slr.methods.cap.system import CAP
-from slr.methods.losparse.system import LoSparse
 from slr.methods.system import System
 from slr.model import data, distributed
-from slr.model.recipe import Recipe, parse_override, read_config
+from slr.model.recipe import Recipe
 
 __all__ = ["app", "main"]
-
-SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
-DTYPES = ("float32", "bfloat16", "float16")
-MODEL = "'tiny', a checkpoint folder, or OWNER/NAME on the Hugging Face hub"
-
-Option = typer.Option
-Model = Annotated[str, typer.Argument(help=MODEL)]
-Folder = Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")]
-Out = Annotated[Path, Option(help="folder to make")]
-Device = Annotated[str, Option(help="auto | cpu | cuda")]
-Json = Annotated[bool, Option("--json", help="print JSON")]
-Fresh = Annotated[bool, Option("--fresh", help="start over instead of going on")]
-Config = Annotated[
-    Path | None, Option(help="YAML file of a recipe's options; those given here win")
-]
-MethodName = Annotated[
-    str | None, Option(help="instead of pruning and repairing: cap | losparse; or induction+PRUNE")
-]
-Budget = Annotated[
-    float | None, Option(help="with cap and losparse: share of the parameters to keep  [0.5]")
-]
-Steps = Annotated[
-    int | None, Option(help="with cap and losparse: masks to try, or steps of training  [200]")
-]
-Prune = Annotated[str | None, Option(help=f"{' | '.join(PRUNERS)}  [wanda]")]
-PatternName = Annotated[
-    str | None, Option(help="2:4 (semi-structured), or a fraction to prune such as 0.5  [2:4]")
-]
-Group = Annotated[str | None, Option(help="for a fraction: row | matrix  [row]")]
-Refine = Annotated[str | None, Option(help=f"{' | '.join(REPAIRS)}  [weights]")]
-Rank = Annotated[int | None, Option(help="rank of the repair")]
-RankRatio = Annotated[float | None, Option(help="rank over hidden size  [1/32]")]
-Iterations = Annotated[int | None, Option(help="of the refinement  [50]")]
-Schedule = Annotated[str | None, Option(help=f"{' | '.join(SCHEDULES)}  [paper]")]
-Tolerance = Annotated[
-    float | None, Option(help="stop refining when an iteration gains less, as 0.001  [0]")
-]
-UpdateMask = Annotated[
-    bool | None, Option("--update-mask", help="with --refine activations: choose the mask anew")
-]
-Skip = Annotated[
-    list[str] | None, Option(help="layers to leave dense, as '*.down_proj'; repeatable")
-]
-Override = Annotated[
-    list[str] | None,
-    Option(help="options of some layers, as '*.o_proj:rank=64,pattern=0.4'; repeatable"),
-]
-Calibration = Annotated[
-    str | None, Option(help="embedded | wikitext2 | c4 | a text file  [embedded]")
-]
-Samples = Annotated[int | None, Option(help="calibration windows  [128]")]
-Seqlen = Annotated[int | None, Option(help="tokens in a window  [the longest context, to 2048]")]
-Seed = Annotated[int | None, Option(help="of random masks and starts  [0]")]
-Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file  [embedded]")]
-Limit = Annotated[int | None, Option(help="at most this many windows, or examples of a task")]
-Compare = Annotated[
-    bool | None, Option(help="also the dense source and its pruned, unrepaired form  [yes]")
-]
-Streamed = Annotated[
-    bool | None, Option("--stream", help="one block at a time, for models larger than memory")
-]
-Tasks = Annotated[str | None, Option(help="lm-eval tasks a,b instead of perplexity")]
-TaskFolder = Annotated[
-    Path | None, Option(help="with --tasks: folder of task YAML files, instead of lm-eval's own")
-]
-Dtype = Annotated[str, Option(help=" | ".join(DTYPES))]
 
 app = typer.Typer(
     add_completion=False,
@@ -135,17 +66,6 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _given(**options: Any) -> dict:
-    """Those that were given."""
-    return {name: value for name, value in options.items() if value not in (None, [])}
-
-
-def _refuse(options: dict, why: str) -> None:
-    """Raise if an option was given that has no effect."""
-    for name in options:
-        raise ValueError(f"option --{name.replace('_', '-')} has no effect {why}; leave it out")
-
-
 @app.callback()
 def _root() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -154,40 +74,40 @@ def _root() -> None:
 @app.command()
 @_one_line_errors
 def compress(
-    model: Model,
-    out: Out,
-    config: Config = None,
-    method: MethodName = None,
-    budget: Budget = None,
-    steps: Steps = None,
-    prune: Prune = None,
-    pattern: PatternName = None,
-    group: Group = None,
-    refine: Refine = None,
-    rank: Rank = None,
-    rank_ratio: RankRatio = None,
-    iterations: Iterations = None,
-    schedule: Schedule = None,
-    tolerance: Tolerance = None,
-    update_mask: UpdateMask = None,
-    skip: Skip = None,
-    override: Override = None,
-    calibration: Calibration = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    device: Device = "auto",
-    seed: Seed = None,
-    fresh: Fresh = False,
-    json_output: Json = False,
+    model: opt.Model,
+    out: opt.Out,
+    config: opt.Config = None,
+    method: opt.MethodName = None,
+    budget: opt.Budget = None,
+    steps: opt.Steps = None,
+    prune: opt.Prune = None,
+    pattern: opt.PatternName = None,
+    group: opt.Group = None,
+    refine: opt.Refine = None,
+    rank: opt.Rank = None,
+    rank_ratio: opt.RankRatio = None,
+    iterations: opt.Iterations = None,
+    schedule: opt.Schedule = None,
+    tolerance: opt.Tolerance = None,
+    update_mask: opt.UpdateMask = None,
+    skip: opt.Skip = None,
+    override: opt.Override = None,
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    seqlen: opt.Seqlen = None,
+    device: opt.Device = "auto",
+    seed: opt.Seed = None,
+    fresh: opt.Fresh = False,
+    json_output: opt.Json = False,
 ) -> None:
     """Compress a model into a new folder; a stopped run goes on when called again."""
-    options = _given(
+    options = opt.given(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
         iterations=iterations, schedule=schedule, tolerance=tolerance, update_mask=update_mask,
-        skip=skip, overrides=dict(map(parse_override, override or [])) or None, samples=samples,
+        skip=skip, overrides=dict(map(opt.parse_override, override or [])) or None, samples=samples,
         seqlen=seqlen, seed=seed,
     )  # fmt: skip
-    recipe = _recipe(method, _given(budget=budget, steps=steps), options, config)
+    recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config)
     where, source = _device(device), resolve(model)
     _say(f"{model} -> {out}: {_told(recipe)}, on {where}")
     started, stages = time.perf_counter(), dict[str, float]()
@@ -199,29 +119,6 @@ def compress(
         times = {"seconds": time.perf_counter() - started, **stages}
         _report(layers, times, {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)},
                 json_output)  # fmt: skip
-
-
-def _recipe(
-    method: str | None, system: dict, options: dict, config: Path | None
-) -> Recipe | System:
-    """What the options ask for."""
-    if method in SYSTEMS:
-        common = {k: options.pop(k) for k in ("samples", "seqlen", "seed") if k in options}
-        _refuse({**options, **_given(config=config)}, f"with --method {method}")
-        return SYSTEMS[method](**system, **common)
-    _refuse(system, "but with --method cap or losparse")
-    if method is not None:
-        prepare, _, pruner = method.partition("+")
-        if prepare != "induction":
-            raise ValueError(
-                f"method {method!r} is unknown; it must be {', '.join(SYSTEMS)} or induction+PRUNE"
-            )
-        if pruner and "prune" in options:
-            raise ValueError(
-                f"--prune {options['prune']} and --method {method} both name a pruner; give one"
-            )
-        options = {"prepare": prepare, **_given(prune=pruner or None), **options}
-    return Recipe(**{**(read_config(config) if config else {}), **options})
 
 
 def _told(recipe: Recipe | System) -> str:
@@ -265,31 +162,33 @@ def _device(device: str) -> str:
 @app.command("eval")
 @_one_line_errors
 def evaluate(
-    model: Model,
-    text: Text = None,
-    seqlen: Seqlen = None,
-    limit: Limit = None,
-    compare: Compare = None,
-    stream: Streamed = None,
-    tasks: Tasks = None,
-    task_folder: TaskFolder = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    json_output: Json = False,
+    model: opt.Model,
+    text: opt.Text = None,
+    seqlen: opt.Seqlen = None,
+    limit: opt.Limit = None,
+    compare: opt.Compare = None,
+    stream: opt.Streamed = None,
+    tasks: opt.Tasks = None,
+    task_folder: opt.TaskFolder = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "float32",
+    json_output: opt.Json = False,
 ) -> None:
     """Perplexity of a model, of a compressed one beside its source's; or its scores on tasks."""
     import torch
 
     from slr.evaluate import comparison
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
+    if dtype not in opt.DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(opt.DTYPES)}")
     folder, where = resolve(model), _device(device)
     if tasks is not None:
-        _refuse(_given(text=text, seqlen=seqlen, compare=compare, stream=stream), "with --tasks")
+        opt.refuse(
+            opt.given(text=text, seqlen=seqlen, compare=compare, stream=stream), "with --tasks"
+        )
         _tasks(model, folder, tasks.split(","), limit, task_folder, where, dtype, json_output)
         return
-    _refuse(_given(task_folder=task_folder), "without --tasks")
+    opt.refuse(opt.given(task_folder=task_folder), "without --tasks")
     text = text or "embedded"
     seqlen = context(folder) if seqlen is None else seqlen
     windows = data.windows(data.load_text(text), load_tokenizer(folder), seqlen, limit)
@@ -337,7 +236,7 @@ def _tasks(
 
 @app.command()
 @_one_line_errors
-def info(model: Folder, json_output: Json = False) -> None:
+def info(model: opt.Folder, json_output: opt.Json = False) -> None:
     """What is in a checkpoint: recipe, sizes, errors by kind of layer."""
     folder = resolve(model)
     notes, size = about(folder), megabytes(folder)
@@ -374,7 +273,9 @@ def info(model: Folder, json_output: Json = False) -> None:
 
 @app.command("export")
 @_one_line_errors
-def export_(model: Folder, to: Annotated[str, Option(help=" | ".join(FORMS))], out: Out) -> None:
+def export_(
+    model: opt.Folder, to: Annotated[str, typer.Option(help=" | ".join(FORMS))], out: opt.Out
+) -> None:
     """Write a compressed model for other programs: base + LoRA adapter, or dense."""
     _say(f"{model} -> {out}: {to}")
     slr.export(model, out, to)
@@ -388,15 +289,15 @@ def export_(model: Folder, to: Annotated[str, Option(help=" | ".join(FORMS))], o
 @_one_line_errors
 def reproduce_(
     table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
-    rows: Annotated[str, Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
-    columns: Annotated[str | None, Option(help="columns a,b, as '0.5,2:4'")] = None,
-    model: Annotated[str | None, Option(help=f"instead of its own: {MODEL}")] = None,
+    rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
+    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4'")] = None,
+    model: Annotated[str | None, typer.Option(help=f"instead of its own: {opt.MODEL}")] = None,
     out: Annotated[
-        Path | None, Option(help="folder of the cells  [default: results/measured/TABLE]")
+        Path | None, typer.Option(help="folder of the cells  [default: results/measured/TABLE]")
     ] = None,
-    device: Device = "auto",
-    fresh: Fresh = False,
-    json_output: Json = False,
+    device: opt.Device = "auto",
+    fresh: opt.Fresh = False,
+    json_output: opt.Json = False,
 ) -> None:
     """Measure a published table, cell by cell; a stopped run goes on when called again."""
     from slr.evaluate import reproduction

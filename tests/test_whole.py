@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import slr
 from slr.checkpoint.journal import Journal
-from slr.cli import SYSTEMS, app
+from slr.cli import app
+from slr.options import SYSTEMS
 
 QUICK = {"steps": 3, "samples": 4, "seqlen": 32}
 

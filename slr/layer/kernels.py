@@ -93,6 +93,23 @@ def _factor(
 
 
 @jit
+def _kept(
+    bits, out, start, place, there, m, quarters, WHOLE: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Four bits of the mask for each group."""
+    if WHOLE:  # rows begin with a whole byte: each is read once
+        half = start // 2 + tl.arange(0, GROUPS // 2)
+        byte_there = (out[:, None] < m) & (half < quarters // 2)[None, :]
+        at = out[:, None].to(tl.int64) * (quarters // 2) + half[None, :]
+        byte = tl.load(bits + at, mask=byte_there, other=0).to(tl.int32)
+        kept = tl.interleave(byte & 15, byte >> 4)
+    else:
+        byte = tl.load(bits + place // 2, mask=there, other=0).to(tl.int32)
+        kept = (byte >> (4 * (place % 2)).to(tl.int32)) & 15
+    return kept
+
+
+@jit
 def _product(
     x, pairs, bits, B, t, bias, y, tokens, m, n, k, parts,
     ONE: tl.constexpr, WIDE: tl.constexpr, BF16: tl.constexpr, WHOLE: tl.constexpr,
@@ -112,15 +129,7 @@ def _product(
         there = (out[:, None] < m) & inside[None, :]
         place = out[:, None].to(tl.int64) * quarters + groups[None, :]
         first, last = _pairs(tl.load(pairs + place, mask=there, other=0), BF16)
-        if WHOLE:  # rows begin with a whole byte: each is read once
-            half = start // 2 + tl.arange(0, GROUPS // 2)
-            byte_there = (out[:, None] < m) & (half < quarters // 2)[None, :]
-            at = out[:, None].to(tl.int64) * (quarters // 2) + half[None, :]
-            byte = tl.load(bits + at, mask=byte_there, other=0).to(tl.int32)
-            kept = tl.interleave(byte & 15, byte >> 4)
-        else:
-            byte = tl.load(bits + place // 2, mask=there, other=0).to(tl.int32)
-            kept = (byte >> (4 * (place % 2)).to(tl.int32)) & 15
+        kept = _kept(bits, out, start, place, there, m, quarters, WHOLE, GROUPS)
         if ONE:
             x0 = tl.load(x + 4 * groups, mask=inside, other=0.0).to(tl.float32)[None, :]
             x1 = tl.load(x + 4 * groups + 1, mask=inside, other=0.0).to(tl.float32)[None, :]

@@ -58,7 +58,7 @@ __all__ = ["SCHEDULES", "SOLVERS", "ramp", "refine", "svd_repair"]
 
 SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
-ROUNDING = 1e-6  # of an error
+ROUNDING, FLOOR = 1e-6, 1e-5  # of an error; of ‖W‖, where nothing but rounding is left
 
 
 def ramp(rank: int, iterations: int) -> list[int]:
@@ -256,9 +256,7 @@ def _by_weights(
     one_shot = leading.one_shot(rank)
     del leading, filled  # and their buffers
     refined = assemble(weight, mask, low, steps, metric, kept)
-    if refined.error <= one_shot * (1 + ROUNDING) or refined.error <= ROUNDING * _size(
-        weight, metric
-    ):
+    if refined.error <= one_shot * (1 + ROUNDING) or refined.error <= FLOOR * _size(weight, metric):
         return refined
     if not exact:
         better = _by_weights(weight, mask, metric, rank, True, generator, None, **limits)

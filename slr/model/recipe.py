@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from slr.matrix.checks import check_count, check_seqlen
@@ -18,7 +17,7 @@ from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import PRUNERS, REPAIRS, NoRepair, Pruner, Repair, named
 
-__all__ = ["Recipe", "parse_override", "read_config"]
+__all__ = ["Recipe"]
 
 PREPARATIONS = ("none", "induction")
 SAMPLES = 128  # calibration windows if not told
@@ -313,52 +312,3 @@ def _step(kind: str, step: Any, table: dict, options: dict) -> Any:
         if key not in known:
             raise ValueError(f"{key}={value!r} has no effect with {kind}={name!r}; leave it out")
     return step if not isinstance(step, str) else made(**options)
-
-
-def parse_override(text: str) -> tuple[str, dict]:
-    """A name and its options from their short form.
-
-    Raises:
-        ValueError: it is not of that form.
-
-    >>> parse_override("*.o_proj:rank=64,pattern=2:4")
-    ('*.o_proj', {'rank': 64, 'pattern': '2:4'})
-    """
-    name, _, options = text.partition(":")
-    found: dict = {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
-        kinds = {"rank": int, "iterations": int, "rank_ratio": float, "tolerance": float}
-        found[key.strip()] = kinds.get(key.strip(), str)(value)
-    if not name or not found:
-        raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
-    return name, found
-
-
-def read_config(file: str | Path) -> dict:
-    """Options of a recipe from a YAML or JSON file: the arguments of :class:`Recipe`.
-
-    Raises:
-        ValueError: no such file, or one that does not hold a mapping of them.
-    """
-    import inspect
-
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {str(file)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {file} is not YAML: {error}") from None
-    known = list(inspect.signature(Recipe).parameters)
-    if not isinstance(found, dict):
-        raise ValueError(f"config {file} holds no options; it must say, say, 'prune: wanda'")
-    for name in found:
-        if name not in known:
-            raise ValueError(
-                f"config {file}: {name!r} is no option; it must be one of {', '.join(known)}"
-            )
-    return found

@@ -1,0 +1,186 @@
+"""The options of the ``slr`` command: their types and help, and the recipe that they ask for."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from slr.matrix.refinement import SCHEDULES
+from slr.matrix.steps import PRUNERS, REPAIRS
+from slr.methods.cap.system import CAP
+from slr.methods.losparse.system import LoSparse
+from slr.methods.system import System
+from slr.model.recipe import Recipe
+
+__all__ = [
+    "DTYPES",
+    "MODEL",
+    "SYSTEMS",
+    "given",
+    "parse_override",
+    "read_config",
+    "recipe_of",
+    "refuse",
+]
+
+SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL = "'tiny', a checkpoint folder, or OWNER/NAME on the Hugging Face hub"
+
+Option = typer.Option
+Model = Annotated[str, typer.Argument(help=MODEL)]
+Folder = Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")]
+Out = Annotated[Path, Option(help="folder to make")]
+Device = Annotated[str, Option(help="auto | cpu | cuda")]
+Json = Annotated[bool, Option("--json", help="print JSON")]
+Fresh = Annotated[bool, Option("--fresh", help="start over instead of going on")]
+Config = Annotated[
+    Path | None, Option(help="YAML file of a recipe's options; those given here win")
+]
+MethodName = Annotated[
+    str | None, Option(help="instead of pruning and repairing: cap | losparse; or induction+PRUNE")
+]
+Budget = Annotated[
+    float | None,
+    Option(help="with cap and losparse: share of the parameters to keep (0.5)"),
+]
+Steps = Annotated[
+    int | None,
+    Option(help="with cap and losparse: masks to try, or steps of training (200)"),
+]
+Prune = Annotated[str | None, Option(help=f"{' | '.join(PRUNERS)} (default: wanda)")]
+PatternName = Annotated[
+    str | None,
+    Option(help="2:4 (semi-structured), or a fraction to prune, 0.5 (default: 2:4)"),
+]
+Group = Annotated[str | None, Option(help="for a fraction: row | matrix (default: row)")]
+Refine = Annotated[str | None, Option(help=f"{' | '.join(REPAIRS)} (default: weights)")]
+Rank = Annotated[int | None, Option(help="rank of the repair")]
+RankRatio = Annotated[float | None, Option(help="rank over hidden size (default: 1/32)")]
+Iterations = Annotated[int | None, Option(help="of the refinement (default: 50)")]
+Schedule = Annotated[str | None, Option(help=f"{' | '.join(SCHEDULES)} (default: paper)")]
+Tolerance = Annotated[
+    float | None, Option(help="stop refining when an iteration gains less, as 0.001 (default: 0)")
+]
+UpdateMask = Annotated[
+    bool | None, Option("--update-mask", help="with --refine activations: choose the mask anew")
+]
+Skip = Annotated[
+    list[str] | None, Option(help="layers to leave dense, as '*.down_proj'; repeatable")
+]
+Override = Annotated[
+    list[str] | None,
+    Option(help="options of some layers, as '*.o_proj:rank=64,pattern=0.4'; repeatable"),
+]
+Calibration = Annotated[
+    str | None, Option(help="embedded | wikitext2 | c4 | a text file (default: embedded)")
+]
+Samples = Annotated[int | None, Option(help="calibration windows (default: 128)")]
+Seqlen = Annotated[int | None, Option(help="tokens in a window (default: the longest, to 2048)")]
+Seed = Annotated[int | None, Option(help="of random masks and starts (default: 0)")]
+Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file (default: embedded)")]
+Limit = Annotated[int | None, Option(help="at most this many windows, or examples of a task")]
+Compare = Annotated[
+    bool | None, Option(help="also the dense source and its pruned, unrepaired form (default: yes)")
+]
+Streamed = Annotated[
+    bool | None, Option("--stream", help="one block at a time, for models larger than memory")
+]
+Tasks = Annotated[str | None, Option(help="lm-eval tasks a,b instead of perplexity")]
+TaskFolder = Annotated[
+    Path | None, Option(help="with --tasks: folder of task YAML files, instead of lm-eval's own")
+]
+Dtype = Annotated[str, Option(help=" | ".join(DTYPES))]
+
+
+def given(**options: Any) -> dict:
+    """Those that were given."""
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def refuse(options: dict, why: str) -> None:
+    """Raise if an option was given that has no effect."""
+    for name in options:
+        raise ValueError(f"option --{name.replace('_', '-')} has no effect {why}; leave it out")
+
+
+def recipe_of(
+    method: str | None, system: dict, options: dict, config: Path | None
+) -> Recipe | System:
+    """What the options of ``slr compress`` ask for.
+
+    Args:
+        method: of ``--method``.
+        system: options of a system, those that were given.
+        options: of a recipe, those that were given.
+        config: YAML file of more of them.
+
+    Raises:
+        ValueError: an unknown method, or an option without effect.
+    """
+    if method in SYSTEMS:
+        common = {k: options.pop(k) for k in ("samples", "seqlen", "seed") if k in options}
+        refuse({**options, **given(config=config)}, f"with --method {method}")
+        return SYSTEMS[method](**system, **common)
+    refuse(system, "but with --method cap or losparse")
+    if method is not None:
+        prepare, _, pruner = method.partition("+")
+        if prepare != "induction":
+            raise ValueError(
+                f"method {method!r} is unknown; it must be {', '.join(SYSTEMS)} or induction+PRUNE"
+            )
+        if pruner and "prune" in options:
+            raise ValueError(
+                f"--prune {options['prune']} and --method {method} both name a pruner; give one"
+            )
+        options = {"prepare": prepare, **given(prune=pruner or None), **options}
+    return Recipe(**{**(read_config(config) if config else {}), **options})
+
+
+def parse_override(text: str) -> tuple[str, dict]:
+    """A name and its options from their short form.
+
+    Raises:
+        ValueError: it is not of that form.
+
+    >>> parse_override("*.o_proj:rank=64,pattern=2:4")
+    ('*.o_proj', {'rank': 64, 'pattern': '2:4'})
+    """
+    name, _, options = text.partition(":")
+    found: dict = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+        kinds = {"rank": int, "iterations": int, "rank_ratio": float, "tolerance": float}
+        found[key.strip()] = kinds.get(key.strip(), str)(value)
+    if not name or not found:
+        raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
+    return name, found
+
+
+def read_config(file: str | Path) -> dict:
+    """Options of a recipe from a YAML or JSON file: the arguments of :class:`Recipe`.
+
+    Raises:
+        ValueError: no such file, or one that does not hold a mapping of them.
+    """
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {str(file)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {file} is not YAML: {error}") from None
+    known = list(inspect.signature(Recipe).parameters)
+    if not isinstance(found, dict):
+        raise ValueError(f"config {file} holds no options; it must say, say, 'prune: wanda'")
+    for name in found:
+        if name not in known:
+            raise ValueError(
+                f"config {file}: {name!r} is no option; it must be one of {', '.join(known)}"
+            )
+    return found
