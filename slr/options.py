@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from slr.matrix.pruners import PRUNERS
 from slr.matrix.refinement import SCHEDULES
-from slr.matrix.steps import PRUNERS, REPAIRS
+from slr.matrix.steps import REPAIRS
 from slr.methods.cap.system import CAP
 from slr.methods.losparse.system import LoSparse
 from slr.methods.system import System

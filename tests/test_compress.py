@@ -28,7 +28,7 @@ def windows(small, text):
 @pytest.mark.parametrize("repair", REPAIRS)
 def test_every_linear_is_replaced_and_obeys_the_pattern(model, windows, prune, repair):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    recipe = slr.Recipe(prune=prune, pattern="2:4", refine=repair, iterations=5)
+    recipe = slr.Recipe.fitting(prune=prune, pattern="2:4", refine=repair, iterations=5)
     reports = slr.compress_model(model, recipe, windows)
     assert len(reports) == 14
     for report in reports:

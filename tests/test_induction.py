@@ -198,34 +198,32 @@ def test_scaled_by_its_norms_magnitude_is_wanda():
         assert float((mask == wanda[name]).float().mean()) > 0.999, name  # but for rounded ties
 
 
-def pruned_error(block, inputs, dense, pattern, group="row"):
+def pruned_error(block, inputs, dense, pattern):
     """‖pruned block - dense‖² / ‖dense - inputs‖² over all windows, by the plain pruner."""
     block = copy.deepcopy(block)
     for layer in dense_linears(block).values():
-        mask = slr.prune(layer.weight.data, "magnitude", parse(pattern, group)).mask
+        mask = slr.prune(layer.weight.data, "magnitude", parse(pattern)).mask
         layer.weight.data.mul_(mask)
     with torch.no_grad():
         found = [block(x, **inputs.arguments[len(x)][0]) for x in inputs.hidden.split(inputs.rows)]
     return float((torch.cat(found) - dense).norm() ** 2 / (dense - inputs.hidden).norm() ** 2)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "group", "start"), [("2:4", "row", 0), ("0.5", "row", 1), ("0.6", "matrix", 0)]
-)
-def test_trained_scales_lower_the_pruned_blocks_error(text_windows, pattern, group, start):
+@pytest.mark.parametrize(("pattern", "start"), [("2:4", 0), ("0.5", 1), ("0.6 by matrix", 0)])
+def test_trained_scales_lower_the_pruned_blocks_error(text_windows, pattern, start):
     model = slr.load("tiny", dtype=torch.float32)
     block, inputs = decoder_blocks(model)[0], first_inputs(model, text_windows, rows=4)
     with torch.no_grad():
         parts = inputs.hidden.split(4)
         dense = torch.cat([block(x, **inputs.arguments[len(x)][0]) for x in parts])
-    plain = pruned_error(block, inputs, dense, pattern, group)
+    plain = pruned_error(block, inputs, dense, pattern)
     weights = {k: v.clone() for k, v in block.state_dict().items()}
-    options = Induction(pattern, group, start=start, spectral=0, epochs=3, rate=0.1)
+    options = Induction(pattern, start=start, spectral=0, epochs=3, rate=0.1)
     found = train_scales(block, inputs, 0, options)
     assert all(torch.equal(v, weights[k]) for k, v in block.state_dict().items())
     assert all(p.grad is None for p in block.parameters())
     absorb(block, found.scales)
-    error = pruned_error(block, inputs, dense, pattern, group)
+    error = pruned_error(block, inputs, dense, pattern)
     assert error < 0.97 * plain
     # The loss, computed without absorbing, is what the absorbed and pruned block shows.
     assert error == pytest.approx(min(loss for loss, _ in found.trace), rel=0.02)
@@ -409,15 +407,14 @@ def test_fixed_scales_stay_and_rows_with_them(text_windows):
 
 
 @pytest.mark.parametrize(
-    ("prune", "pattern", "group", "across"),
+    ("prune", "pattern", "across"),
     [
-        ("sparsegpt", "0.5", "row", True), ("magnitude", "0.5", "matrix", True),
-        ("sparsegpt", "2:4", "row", False), ("wanda", "2:4", "matrix", False),
-        ("magnitude", "0.5", "row", False),
+        ("sparsegpt", "0.5", True), ("magnitude", "0.5 by matrix", True),
+        ("sparsegpt", "2:4", False), ("magnitude", "0.5", False),
     ],
 )  # fmt: skip
-def test_rows_are_fixed_before_what_compares_rows(prune, pattern, group, across):
-    assert Induction.before(prune, pattern, group).fixed == (ROWS if across else ())
+def test_rows_are_fixed_before_what_compares_rows(prune, pattern, across):
+    assert Induction.before(prune, pattern).fixed == (ROWS if across else ())
 
 
 def test_a_fixed_shift_stays(text_windows):
@@ -436,7 +433,6 @@ def test_a_fixed_shift_stays(text_windows):
         ({"rate": 0}, "rate is 0; it must be above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"pattern": "3:2"}, "3:2"),
-        ({"group": "column"}, "group is 'column'"),
         ({"fixed": ("gate",)}, "fixed names 'gate'; it may name attention, mlp, hidden"),
         ({"output": 0, "spectral": 0}, "output and spectral are both 0"),
     ],

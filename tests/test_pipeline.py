@@ -414,7 +414,7 @@ def test_bad_exports_are_named(small, tmp_path, options, says):
 def test_lm_eval_scores_all_forms_alike(small, tmp_path):
     from peft import PeftModel
 
-    from slr.evaluate.likelihood import tasks
+    from slr.evaluate.harness import tasks
 
     draw = random.Random(0)
     words = slr.data.corpus("validation")[:4000].split()
@@ -480,7 +480,7 @@ from slr.model import block as module
 from slr.model import distributed
 real = module.compress_layer
 def broken(*args, **options):
-    if ranks.rank() == 1:
+    if distributed.rank() == 1:
         # Said here: torchrun may end a process before it has shown its error.
         print("rank 1 is broken", file=sys.stderr, flush=True)
         raise RuntimeError

@@ -1,3 +1,4 @@
+import importlib
 import itertools
 import re
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slr
+from slr.matrix.filled import Subspace
 from slr.matrix.lowrank import ritz, truncated_svd
 from slr.matrix.refinement import SCHEDULES, SOLVERS, ramp
 
@@ -309,3 +311,149 @@ def test_bad_input_is_named(change, kind, says):
     arguments = {"weight": realistic(12, 8), "mask": torch.ones(12, 8).bool(), "rank": 2} | change
     with pytest.raises(kind, match=re.escape(says)):
         slr.refine(**arguments)
+
+
+def loud(kind, size, m=320, n=256):
+    """A matrix with one loud channel (and its metric), or one loud entry that is pruned."""
+    W = realistic(m, n)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    if kind == "channel":
+        scale = torch.rand(n) + 0.5
+        scale[5] *= size
+        return W, mask, slr.Diagonal(scale)
+    W[3, 7], mask[3, 7] = size * float(W.abs().max()), False
+    return W, mask, slr.Identity()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("kind", ["channel", "entry"])
+def test_one_loud_channel_or_entry_does_not_drown_the_rest(kind, size, schedule):
+    W, mask, metric = loud(kind, size)
+    options = {"metric": metric, "schedule": schedule, "iterations": 20}
+    fast, exact = (slr.refine(W, mask, 8, solver=s, **options) for s in ("fast", "exact"))
+    one_shot = slr.svd_repair(W.double(), mask, 8, metric).error
+    assert exact.error <= one_shot
+    assert fast.error <= min(one_shot, 1.002 * exact.error)
+    assert len(fast.trace) == 21
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("m", "n", "rank"),
+    [(8, 8, 4), (16, 12, 3), (24, 40, 12), (64, 48, 24), (96, 128, 48), (256, 192, 40)],
+)
+def test_fast_is_within_a_thousandth_at_any_rank(m, n, rank, schedule):
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(m + rank))
+    mask = slr.prune(W, "magnitude", "0.5").mask
+    exact, fast = (slr.refine(W, mask, rank, solver=s, schedule=schedule) for s in SOLVERS[::-1])
+    assert fast.error <= 1.001 * exact.error
+
+
+@pytest.mark.parametrize("rank", [18, 128])
+def test_fast_is_within_a_thousandth_on_a_layer_of_576(rank):
+    W = realistic(576, 576)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    options = {"schedule": "accelerated", "iterations": 20}
+    exact, fast = (slr.refine(W, mask, rank, solver=s, **options) for s in SOLVERS[::-1])
+    assert fast.error <= 1.001 * exact.error
+
+
+def test_a_fast_result_that_is_no_better_than_one_svd_is_done_again_and_says_so(monkeypatch):
+    W = realistic(160, 192)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    real = Subspace.last
+    lost = lambda self, fill, rank: real(self, fill, rank)._replace(s=torch.zeros(rank))  # noqa: E731
+    monkeypatch.setattr(Subspace, "last", lost)
+    refined = slr.refine(W, mask, 4, iterations=5, schedule="constant")
+    exact = slr.refine(W, mask, 4, iterations=5, schedule="constant", solver="exact")
+    assert refined.error == exact.error < slr.svd_repair(W, mask, 4).error
+    assert len(refined.trace) == 2 * 6
+    assert refined.trace[5].error > exact.error
+
+
+def test_outputs_are_never_worse_than_eora():
+    W = realistic(96, 64)
+    X = torch.randn(64, 300) * torch.rand(64, 1)
+    X[3] *= 1e4
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    gram = slr.Gram(X @ X.T / 300)
+    refined = slr.refine(W, mask, 4, metric=gram)
+    assert refined.error <= slr.svd_repair(W, mask, 4, gram).error
+
+
+@pytest.mark.parametrize("repair", ["refine", "svd_repair", "gram"])
+def test_halves_never_overflow_in_silence(repair):
+    W = torch.full((8, 8), 40000.0, dtype=torch.float16)
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    metric = slr.Gram(torch.eye(8)) if repair == "gram" else None
+    verb = slr.svd_repair if repair == "svd_repair" else slr.refine
+    found = verb(W, mask, 1, metric=metric)
+    assert found.B.dtype == torch.float16
+    assert found.dense().isfinite().all()
+    assert torch.allclose(found.dense().float(), W.float(), rtol=2e-3)
+    ruin = torch.full((512, 512), 65000.0, dtype=torch.float16)
+    ruin[::2, ::3] *= -1
+    far = slr.refine(ruin, slr.prune(ruin, "magnitude", "2:4").mask, 1, iterations=3)
+    assert all(part.isfinite().all() for part in far[:3])
+
+
+@pytest.mark.parametrize("size", [1e19, 1e-19])
+@pytest.mark.parametrize("metric", ["identity", "diagonal", "gram"])
+def test_units_do_not_matter(size, metric):
+    W = realistic(48, 64)
+    mask = slr.prune(W * size, "magnitude", "2:4").mask
+    made = {
+        "identity": slr.Identity(), "diagonal": slr.Diagonal(torch.rand(64) + 0.1),
+        "gram": slr.Gram(torch.eye(64) + 0.1),
+    }[metric]  # fmt: skip
+    plain, scaled = (slr.refine(V, mask, 3, metric=made) for V in (W, W * size))
+    assert scaled.error == pytest.approx(size * plain.error, rel=1e-3)
+    assert torch.allclose(scaled.dense() / size, plain.dense(), atol=1e-3)
+    wanda = slr.prune(W * size, "wanda", "2:4", activation_norm=torch.ones(64) * size)
+    assert torch.equal(wanda.mask, slr.prune(W, "magnitude", "2:4").mask)
+    gpt = slr.prune(W * size, "sparsegpt", "2:4", gram=torch.eye(64) + 0.1)
+    assert torch.allclose(
+        gpt.weight / size, slr.prune(W, "sparsegpt", "2:4", gram=torch.eye(64) + 0.1).weight
+    )
+    pursued = slr.pcp.pursue(W * size)
+    assert torch.allclose(pursued.low / size, slr.pcp.pursue(W).low, atol=1e-4)
+
+
+def test_a_parameter_may_be_given_and_no_history_comes_back():
+    W = torch.nn.Parameter(realistic(24, 32))
+    gram = torch.eye(32) + 0.1
+    pruned = [slr.prune(W, m, "2:4", gram=gram, activation_norm=gram[0])
+              for m in ("magnitude", "wanda", "sparsegpt")]  # fmt: skip
+    mask = pruned[0].mask
+    results = [slr.refine(W, mask, 2), slr.refine(W, mask, 2, metric=slr.Gram(gram)),
+               slr.svd_repair(W, mask, 2), slr.pcp.pcp_repair(W, mask, 2)]  # fmt: skip
+    tensors = [p.weight for p in pruned] + [part for r in results for part in r[:3]]
+    assert not any(t.requires_grad for t in tensors)
+    assert W.grad is None
+
+
+@pytest.mark.parametrize("bad", [2.5, True, "3", None])
+def test_counts_are_integers(bad):
+    W, mask = torch.randn(8, 8), torch.ones(8, 8, dtype=torch.bool)
+    with pytest.raises(TypeError, match=f"iterations is {bad!r}; it must be an integer"):
+        slr.refine(W, mask, 1, iterations=bad)
+    with pytest.raises(TypeError, match=f"rank is {bad!r}; it must be an integer"):
+        slr.refine(W, mask, bad)
+    with pytest.raises(TypeError, match=f"iterations is {bad!r}; it must be an integer"):
+        slr.pcp.pursue(W, iterations=bad)
+
+
+def test_what_is_given_is_looked_at_once(monkeypatch):
+    count = []
+    modules = ("pruning", "patterns", "checks", "metric")
+    real = importlib.import_module("slr.matrix.checks").check_finite
+
+    def scan(name, value):
+        count.append(name)
+        real(name, value)
+
+    for name in modules:
+        monkeypatch.setattr(f"slr.matrix.{name}.check_finite", scan, raising=False)
+    slr.prune(realistic(32, 64), "sparsegpt", "2:4", gram=torch.eye(64))
+    assert count == ["weight", "gram"]

@@ -247,7 +247,7 @@ def cores(monkeypatch):
 
 def pretend(monkeypatch, where):
     """Take tensors on the CPU for tensors on `where`."""
-    monkeypatch.setattr("slr.layer.linear.machine", lambda device: where)
+    monkeypatch.setattr("slr.layer.backed.machine", lambda device: where)
 
 
 CORES = [("cutlass", AMPERE), ("cusparselt", HOPPER)]

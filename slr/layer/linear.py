@@ -5,25 +5,29 @@ Book: chapters 5 and 15.
 
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from slr.layer.backends import FEW, MANY, Choice, choose, machine, pack_for, sparse_cores
+from slr.layer.backed import Backed
+from slr.layer.backends import sparse_cores
 from slr.layer.bits import pack_mask, unpack_mask
 from slr.layer.packing import check_packed
 from slr.layer.product import dense, sparse_linear
 from slr.layer.sparse24 import TWO_FOUR, check_two_four, is_two_four
 from slr.matrix.checks import check_mask, check_matrix
 from slr.matrix.patterns import NM, Pattern, parse
+from slr.matrix.pruners import PRUNERS, Known, Pruner, step_of
 from slr.matrix.result import Refined
+from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.matrix.steps import REPAIRS, NoRepair, Repair, prune_and_repair
 
 __all__ = ["SLRLinear"]
 
 
-class SLRLinear(nn.Module):
+class SLRLinear(Backed):
     """A linear layer whose matrix is sparse + low rank.
 
     Args:
@@ -55,15 +59,8 @@ class SLRLinear(nn.Module):
     tensor([7., 8., 9.], grad_fn=<AddBackward0>)
     """
 
-    values: Tensor
-    bitmask: Tensor
     cached: Tensor | None
-    form: Tensor | None  # what sparse tensor cores need beside values
     bias: Tensor | None
-    two_four: bool
-    backend = "auto"
-    few = many = "dense"  # backends for up to FEW tokens, and for more
-    shared = True  # whether `form` follows when values change
 
     def __init__(
         self,
@@ -123,6 +120,35 @@ class SLRLinear(nn.Module):
         return cls(S, B, A, bias, mask=mask, pattern=pattern)
 
     @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        prune: str | Pruner = "magnitude",
+        pattern: str | float | Pattern = "2:4",
+        refine: str | Repair | NoRepair = "weights",
+        statistic: NormStatistic | GramStatistic | None = None,
+        **options: Any,
+    ) -> SLRLinear:
+        """A dense layer, pruned and repaired; it is not changed.
+
+        Args:
+            linear: with a weight (out, in).
+            prune, pattern, refine: by name or as objects, as for :class:`slr.Recipe`.
+            statistic: of the layer's inputs, from :func:`slr.observe`, for steps that look at data.
+            options: of the repair, as ``rank``; by default 1/32 of the inputs.
+
+        >>> SLRLinear.from_linear(nn.Linear(64, 32), rank=2)
+        SLRLinear(in_features=64, out_features=32, pattern=2:4, rank=2, bias=True)
+        """
+        repair = step_of("refine", refine, REPAIRS, options).resolved(linear.in_features)
+        pruner, wanted = step_of("prune", prune, PRUNERS, {}), parse(pattern)
+        known = Known.of(statistic)
+        made = prune_and_repair(linear.weight.detach(), pruner, wanted, repair, known).refined
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls.from_refined(made, bias, pattern=wanted)
+
+    @classmethod
     def placeholder(
         cls,
         shape: tuple[int, int],
@@ -169,63 +195,6 @@ class SLRLinear(nn.Module):
         self._prepare()
         return self
 
-    def choice(self, tokens: int) -> Choice:
-        """The backend for so many tokens where the layer is now, and why.
-
-        Raises:
-            ValueError: one was named that cannot be used here.
-        """
-        where = machine(self.values.device)
-        dtype, named = self.values.dtype, self.backend
-        return choose(
-            self._shape, dtype, where, tokens, two_four=self.two_four, backend=named
-        )  # fmt: skip
-
-    def use_(self, backend: str) -> SLRLinear:
-        """Name the backend, or ``"auto"``; returns the layer.  See :mod:`slr.layer.backends`.
-
-        Raises:
-            ValueError: it cannot be used here; the message says why, and nothing has changed.
-        """
-        before, self.backend = self.backend, backend
-        try:
-            self.choice(1)
-            self._prepare()
-        except (ValueError, RuntimeError):
-            self.backend = before
-            raise
-        return self
-
-    def _prepare(self) -> None:
-        """Choose the backends, and pack for them, where the tensors are now."""
-        self.form, self.shared = None, True
-        self.few, self.many = self.choice(1).backend, self.choice(MANY).backend
-        name = self.many if self.many in ("cutlass", "cusparselt") else self.few
-        if name not in ("cutlass", "cusparselt"):
-            return
-        with torch.no_grad():
-            form = pack_for(name, self.values, self.bitmask, self._shape)
-            self.form = form
-            if name == "cutlass":
-                return
-            same = form.flatten()[: self.values.numel()]
-            self.shared = same.dtype == self.values.dtype and torch.equal(same, self.values)
-            if self.shared:  # one copy of the values, not two
-                self.values.data = same
-
-    def _apply(self, fn, recurse=True):
-        before = self.values.data
-        super()._apply(fn, recurse)
-        now = self.values
-        if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
-            try:
-                self._prepare()
-            except ValueError as error:  # named for another device or dtype
-                warnings.warn(f"{error}; using 'auto'", stacklevel=2)
-                self.backend = "auto"
-                self._prepare()
-        return self
-
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not (self.values.is_meta or self.bitmask.is_meta):
@@ -234,10 +203,6 @@ class SLRLinear(nn.Module):
             except ValueError as error:
                 errors: list[str] = args[-1]
                 errors.append(f"{prefix.rstrip('.')}: {error}")
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return self.B.shape[0], self.A.shape[1]
 
     @property
     def in_features(self) -> int:
@@ -322,13 +287,6 @@ class SLRLinear(nn.Module):
             y = sparse_linear(flat, values, self.bitmask, bias, m, self.two_four)
         y = y.view(*x.shape[:-1], m)
         return y + linear(linear(x, self.A), self.B) if self.rank else y
-
-    def _backend(self, flat: Tensor, values: Tensor) -> str:
-        """The backend for x (tokens, n) and the values as they are multiplied."""
-        name = self.few if flat.shape[0] <= FEW else self.many
-        changed = values.dtype != self.values.dtype  # autocast
-        stale = name == "cusparselt" and not self.shared and self.values.requires_grad
-        return "dense" if changed or stale or flat.device != values.device else name
 
     def extra_repr(self) -> str:
         """Shape, pattern and rank."""

@@ -83,11 +83,15 @@ def in_units(weight: Tensor, metric: Metric, solve: Callable[..., Refined]) -> R
 
 
 def _stored(found: Refined, weight: Tensor) -> Refined:
-    """In the dtype of the weight; where B does not fit, A takes a share of its size."""
+    """In the dtype of the weight; where a factor does not fit, both become as large."""
     S, B, A = found.sparse, found.B, found.A
     most = torch.finfo(weight.dtype).max
-    if B.numel() and not float(B.abs().amax()) <= most:
-        share = (B.abs().amax(-2, keepdim=True) / most**0.5).clamp_min(1).log2().ceil().exp2()
+    if B.numel() and not max(float(B.abs().amax()), float(A.abs().amax())) <= most:
+        mine, other = B.abs().amax(-2, keepdim=True), A.abs().amax(-1, keepdim=True).mT
+        there = (mine > 0) & (other > 0)
+        share = (
+            torch.where(there, mine / torch.where(there, other, 1), 1).sqrt().log2().ceil().exp2()
+        )
         B, A = B / share, A * share.mT
     S, B, A = (part.to(weight.dtype).contiguous() for part in (S, B, A))
     for part in (S, B, A):

@@ -208,8 +208,8 @@ class FullSVD:
     def __call__(self, fill: Factors | None, rank: int, steps: int = 1) -> tuple[LowRank, float]:
         """The leading `rank` triplets of L, and ‖L - [L]_r‖_F; `steps` is without meaning here."""
         L = self.filled.dense(fill)
-        low = truncated_svd(L, rank)
-        return low, _tail(L.double().square().sum(), low)[0]
+        every = truncated_svd(L, min(L.shape[-2:]))
+        return every.truncate(rank), float(every.s[..., rank:].double().norm())
 
     def last(self, fill: Factors, rank: int) -> LowRank:
         """The leading `rank` triplets of L."""
@@ -288,8 +288,9 @@ class Subspace:
         return low, tail
 
     def one_shot(self, rank: int) -> float:
-        """‖L - [L]_r‖_F of the first L, to the accuracy of some more steps."""
-        return self(None, rank, WARMUP)[1]
+        """‖L - [L]_r‖_F of the first L, to the accuracy of some more steps and of its sums."""
+        low, tail = self(None, rank, WARMUP)
+        return tail + torch.finfo(low.s.dtype).eps ** 0.5 * float(low.s.norm())  # rounding
 
     def last(self, fill: Factors, rank: int) -> LowRank:
         """The leading `rank` triplets of L, by several steps."""

@@ -1,15 +1,15 @@
-"""The two steps of a layer as objects: how to choose what stays, and how to repair the rest.
+"""The two steps of a layer as objects: a pruner chooses what stays, a repair makes up for the rest.
 
-A *pruner* gives a mask, a *repair* the S, B and A that go with it.  Each is frozen, holds the
-options that have an effect on it and no others, and says in ``needs`` what has to be known of the
-layer's inputs.  :data:`PRUNERS` and :data:`REPAIRS` map their names to classes, for recipes, the
-command line and files alike.  Book: chapter 5.
+Each is frozen, holds the options that have an effect on it and no others, and says in ``needs``
+what has to be known of the layer's inputs.  :data:`PRUNERS` and :data:`REPAIRS` map their names to
+classes, for recipes, the command line and files alike.  Pruners: :mod:`slr.matrix.pruners`.
+Book: chapter 5.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,88 +18,16 @@ from slr.matrix.checks import check_count
 from slr.matrix.metric import Diagonal, Gram, Metric
 from slr.matrix.patterns import Pattern
 from slr.matrix.pcp import pcp_repair
-from slr.matrix.pruning import Pruned, prune
+from slr.matrix.pruners import PRUNERS, Known, Pruner, Statistic, Step
+from slr.matrix.pruning import Pruned
 from slr.matrix.refinement import SCHEDULES, refine, svd_repair
 from slr.matrix.result import Refined
 from slr.matrix.statistics import GramStatistic, NormStatistic
 
 __all__ = [
-    "PCP", "PRUNERS", "REPAIRS", "SVD", "EoRA", "Known", "Magnitude", "NoRepair", "Outputs",
-    "Pruner", "Random", "Repair", "ScaledWeights", "SparseGPT", "Wanda", "Weights", "named",
+    "PCP", "PRUNERS", "REPAIRS", "SVD", "Compressed", "EoRA", "Known", "NoRepair", "Outputs",
+    "Repair", "ScaledWeights", "Weights", "prune_and_repair",
 ]  # fmt: skip
-
-Statistic = type[NormStatistic] | type[GramStatistic] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Known:
-    """What is known of a layer's inputs: `norm` ‖X[j]‖₂ (n,), `gram` X Xᵀ / tokens (n, n)."""
-
-    norm: Tensor | None = None
-    gram: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """Base of both kinds."""
-
-    name: ClassVar[str] = ""
-    needs: ClassVar[Statistic] = None
-
-    def options(self) -> dict:
-        """Its options and their values, as plain data."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class Pruner(Step):
-    """How to choose what stays of a matrix; see :mod:`slr.matrix.pruning`."""
-
-    moves: ClassVar[bool] = False  # whether kept weights change too
-
-    def __call__(
-        self, weight: Tensor, pattern: Pattern, known: Known, generator: torch.Generator
-    ) -> Pruned:
-        """Mask and kept weights of one matrix (m, n)."""
-        return prune(
-            weight, self.name, pattern, generator=generator,
-            activation_norm=known.norm if self.needs else None,
-            gram=known.gram if self.needs is GramStatistic else None,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Magnitude(Pruner):
-    """Keep the largest \\|W\\|; no data is read."""
-
-    name: ClassVar[str] = "magnitude"
-
-
-@dataclass(frozen=True)
-class Random(Pruner):
-    """Keep any: a control."""
-
-    name: ClassVar[str] = "random"
-
-
-@dataclass(frozen=True)
-class Wanda(Pruner):
-    """Keep the largest \\|W\\| · ‖X‖₂ (Sun et al. 2024)."""
-
-    name: ClassVar[str] = "wanda"
-    needs: ClassVar[Statistic] = NormStatistic
-
-
-@dataclass(frozen=True)
-class SparseGPT(Pruner):
-    """By the Hessian X Xᵀ; spreads each pruned weight's error over others (Frantar 2023)."""
-
-    name: ClassVar[str] = "sparsegpt"
-    needs: ClassVar[Statistic] = GramStatistic
-    moves: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -304,21 +232,51 @@ class NoRepair(Step):
         return Refined(pruned.weight, *none, (), pruned.mask)
 
 
-PRUNERS: dict[str, type[Pruner]] = {c.name: c for c in (Magnitude, Random, Wanda, SparseGPT)}
 REPAIRS: dict[str, type[Repair] | type[NoRepair]] = {
     c.name: c for c in (Weights, ScaledWeights, Outputs, SVD, EoRA, PCP, NoRepair)
 }
 
 
-def named(kind: str, name: object, table: dict) -> type:
-    """The class of a name in a table.
+class Compressed(NamedTuple):
+    """One matrix as S + B A (`refined`), and what pruning had left of it (`pruned`)."""
+
+    refined: Refined
+    pruned: Pruned
+
+
+def prune_and_repair(
+    weight: Tensor,
+    pruner: Pruner,
+    pattern: Pattern,
+    repair: Repair | NoRepair,
+    known: Known | None = None,
+    generator: torch.Generator | None = None,
+) -> Compressed:
+    """Both steps, on one matrix.
+
+    Args:
+        weight: (m, n).
+        pruner, pattern, repair: what to do; the repair's rank is definite.
+        known: of the layer's inputs.
+        generator: for a random mask and the solver's start; seeded with 0 when ``None``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: a step that needs a statistic and has none, or what the steps say.
 
-    >>> named("prune", "wanda", PRUNERS).__name__
-    'Wanda'
+    Cost: that of the steps.
+
+    >>> from slr.matrix.pruners import Magnitude
+    >>> from slr.matrix.patterns import NM
+    >>> made = prune_and_repair(torch.randn(8, 8), Magnitude(), NM(2, 4), SVD(rank=1))
+    >>> made.refined.A.shape
+    torch.Size([1, 8])
     """
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{kind} {name!r} is unknown; it must be one of {', '.join(table)}")
-    return table[name]
+    known = known or Known()
+    have = {NormStatistic: known.norm, GramStatistic: known.gram}
+    for step in (pruner, repair):
+        if step.needs is not None and have[step.needs] is None:
+            kind = step.needs.__name__
+            raise ValueError(f"{str(step)!r} needs a {kind} of the layer's inputs, see slr.observe")
+    generator = generator or torch.Generator(weight.device).manual_seed(0)
+    pruned = pruner(weight, pattern, known, generator)
+    return Compressed(repair(weight, pruned, pattern, known, generator), pruned)

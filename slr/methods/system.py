@@ -5,6 +5,7 @@ Book: part IV.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ __all__ = ["System"]
 
 
 @dataclass(frozen=True)
-class System:
+class System(ABC):
     """How to compress a whole model to a budget.
 
     Args:
@@ -55,6 +56,6 @@ class System:
         """Plain values, for JSON."""
         return {"method": self.name, "refine": self.name, **asdict(self)}
 
+    @abstractmethod
     def compress(self, model: PreTrainedModel, windows: Tensor, **more: Any) -> list[LayerReport]:
         """Compress a loaded model in place; its windows are (count, seqlen)."""
-        raise NotImplementedError(f"{type(self).__name__} says how")

@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from slr.layer.linear import SLRLinear
 from slr.matrix.filled import row_blocks
-from slr.matrix.pruning import Pruned
+from slr.matrix.pruners import Known
 from slr.matrix.result import Refined
 from slr.matrix.statistics import GramStatistic, NormStatistic
-from slr.matrix.steps import Known
+from slr.matrix.steps import Compressed, prune_and_repair
 from slr.model import distributed
 from slr.model.calibrate import BlockInputs, observe
 from slr.model.recipe import Recipe
 
 __all__ = [
-    "Compressed", "Errors", "LayerReport", "compress_block", "compress_layer", "measure", "report",
+    "Errors", "LayerReport", "compress_block", "compress_layer", "measure", "report",
 ]  # fmt: skip
 
 
@@ -61,13 +61,6 @@ class LayerReport(NamedTuple):
         return {k: v for k, v in self._asdict().items() if k not in ("name", "seconds")}
 
 
-class Compressed(NamedTuple):
-    """One matrix as S + B A (`refined`), and what pruning had left of it (`pruned`)."""
-
-    refined: Refined
-    pruned: Pruned
-
-
 def compress_layer(
     weight: Tensor, recipe: Recipe, *, known: Known | None = None, seed: int = 0
 ) -> Compressed:
@@ -86,10 +79,9 @@ def compress_layer(
         ValueError: what the steps say, of the weight or of what is known.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
-    known = known or Known()
-    pruned = recipe.prune(weight, recipe.pattern, known, generator)
-    refined = recipe.refine(weight, pruned, recipe.pattern, known, generator)
-    return Compressed(refined, pruned)
+    return prune_and_repair(
+        weight, recipe.prune, recipe.pattern, recipe.refine, known, generator
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -8,14 +8,14 @@ then, whoever asks.  Book: chapter 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 from slr.matrix.checks import check_count, check_seqlen
 from slr.matrix.patterns import Pattern, Unstructured, parse
+from slr.matrix.pruners import PRUNERS, Pruner, named, options_of, step_of
 from slr.matrix.statistics import GramStatistic, NormStatistic
-from slr.matrix.steps import PRUNERS, REPAIRS, NoRepair, Pruner, Repair, named
+from slr.matrix.steps import REPAIRS, NoRepair, Repair
 
 __all__ = ["Recipe"]
 
@@ -125,9 +125,9 @@ class Recipe:
         given = (rank, rank_ratio, iterations, schedule, tolerance, update_mask)
         options = {k: v for k, v in zip(OPTIONS, given, strict=True) if v is not None}
         self._set(
-            prune=_step("prune", prune, PRUNERS, {}),
+            prune=step_of("prune", prune, PRUNERS, {}),
             pattern=parse(pattern, group),
-            refine=_step("refine", refine, REPAIRS, options),
+            refine=step_of("refine", refine, REPAIRS, options),
             prepare=prepare, seed=seed, skip=tuple(skip),
             overrides={name: _plain(wanted) for name, wanted in (overrides or {}).items()},
         )  # fmt: skip
@@ -170,7 +170,7 @@ class Recipe:
         """
         known = {f"{k}": options.pop(k) for k in STEPS if k in options}
         refine = named("refine", known.get("refine", "weights"), REPAIRS)
-        fit = _options(refine)
+        fit = options_of(refine)
         if options.get("schedule", "paper") == "paper":
             fit -= {"tolerance"} if "schedule" in fit else set()
         options = {k: v for k, v in options.items() if k in fit or k not in OPTIONS}
@@ -240,14 +240,14 @@ class Recipe:
             if refine is None:
                 refine = str(self.refine)
             else:  # the rank is the model's, whatever the repair
-                fit = _options(named("refine", refine, REPAIRS))
+                fit = options_of(named("refine", refine, REPAIRS))
                 kept = {k: v for k, v in kept.items() if k in fit and k.startswith("rank")}
             if {"rank", "rank_ratio"} & set(wanted):
                 kept = {k: v for k, v in kept.items() if k not in ("rank", "rank_ratio")}
             return self._with(
-                prune=_step("prune", options.get("prune", self.prune), PRUNERS, {}),
+                prune=step_of("prune", options.get("prune", self.prune), PRUNERS, {}),
                 pattern=_regrouped(options.get("pattern", self.pattern), options.get("group")),
-                refine=_step("refine", refine, REPAIRS, {**kept, **wanted}),
+                refine=step_of("refine", refine, REPAIRS, {**kept, **wanted}),
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
@@ -288,27 +288,8 @@ def _plain(options: Mapping) -> dict:
     return found
 
 
-def _options(step: type) -> set[str]:
-    """Names of the options of a step."""
-    return {field.name for field in fields(step)}
-
-
 def _regrouped(pattern: Any, group: str | None) -> Pattern:
     """A pattern, of another group if one is given."""
     if group is not None and isinstance(pattern, Unstructured):
         pattern = pattern.sparsity
     return parse(pattern, group)
-
-
-def _step(kind: str, step: Any, table: dict, options: dict) -> Any:
-    """The object of a name and its options; an object takes no more options."""
-    if not isinstance(step, str) and isinstance(step, tuple(table.values())):
-        known: set[str] = set()
-        name = str(step)
-    else:
-        made = named(kind, step, table)
-        known, name = _options(made), step
-    for key, value in options.items():
-        if key not in known:
-            raise ValueError(f"{key}={value!r} has no effect with {kind}={name!r}; leave it out")
-    return step if not isinstance(step, str) else made(**options)

@@ -1,0 +1,108 @@
+"""The part of a layer that knows where it is: which backend multiplies S, and what it needs.
+
+Chosen anew whenever the tensors move.  Book: chapter 15.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from slr.layer.backends import FEW, MANY, Choice, choose, machine, pack_for
+
+__all__ = ["Backed"]
+
+Self = TypeVar("Self", bound="Backed")
+
+
+class Backed(nn.Module):
+    """Base of :class:`~slr.layer.linear.SLRLinear`: its backends.
+
+    Attributes:
+        backend: a name of :data:`slr.layer.backends.BACKENDS`, or ``"auto"``.
+        few, many: the backends for up to 16 tokens, and for more.
+        form: what sparse tensor cores need beside the values.
+        two_four: whether the mask keeps 2 of every 4.
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    B: Tensor
+    A: Tensor
+    form: Tensor | None
+    two_four: bool
+    backend = "auto"
+    few = many = "dense"
+    shared = True  # whether `form` follows when values change
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def choice(self, tokens: int) -> Choice:
+        """The backend for so many tokens where the layer is now, and why.
+
+        Raises:
+            ValueError: one was named that cannot be used here.
+        """
+        where = machine(self.values.device)
+        dtype, named = self.values.dtype, self.backend
+        return choose(
+            self._shape, dtype, where, tokens, two_four=self.two_four, backend=named
+        )  # fmt: skip
+
+    def use_(self: Self, backend: str) -> Self:
+        """Name the backend, or ``"auto"``; returns the layer.  See :mod:`slr.layer.backends`.
+
+        Raises:
+            ValueError: it cannot be used here; the message says why, and nothing has changed.
+        """
+        before, self.backend = self.backend, backend
+        try:
+            self.choice(1)
+            self._prepare()
+        except (ValueError, RuntimeError):
+            self.backend = before
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        """Choose the backends, and pack for them, where the tensors are now."""
+        self.form, self.shared = None, True
+        self.few, self.many = self.choice(1).backend, self.choice(MANY).backend
+        name = self.many if self.many in ("cutlass", "cusparselt") else self.few
+        if name not in ("cutlass", "cusparselt"):
+            return
+        with torch.no_grad():
+            form = pack_for(name, self.values, self.bitmask, self._shape)
+            self.form = form
+            if name == "cutlass":
+                return
+            same = form.flatten()[: self.values.numel()]
+            self.shared = same.dtype == self.values.dtype and torch.equal(same, self.values)
+            if self.shared:  # one copy of the values, not two
+                self.values.data = same
+
+    def _apply(self, fn, recurse=True):
+        before = self.values.data
+        super()._apply(fn, recurse)
+        now = self.values
+        if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
+            try:
+                self._prepare()
+            except ValueError as error:  # named for another device or dtype
+                warnings.warn(f"{error}; using 'auto'", stacklevel=2)
+                self.backend = "auto"
+                self._prepare()
+        return self
+
+    def _backend(self, flat: Tensor, values: Tensor) -> str:
+        """The backend for x (tokens, n) and the values as they are multiplied."""
+        name = self.few if flat.shape[0] <= FEW else self.many
+        changed = values.dtype != self.values.dtype  # autocast
+        stale = name == "cusparselt" and not self.shared and self.values.requires_grad
+        return "dense" if changed or stale or flat.device != values.device else name

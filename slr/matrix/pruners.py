@@ -1,0 +1,154 @@
+"""Pruners as objects: how to choose what stays of a matrix, and what has to be known for it.
+
+Each is frozen and says in ``needs`` which statistic of the layer's inputs it looks at.
+:data:`PRUNERS` maps names to classes.  Book: chapters 1 and 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from slr.matrix.patterns import Pattern
+from slr.matrix.pruning import Pruned, prune
+from slr.matrix.statistics import GramStatistic, NormStatistic
+
+__all__ = [
+    "PRUNERS", "Known", "Magnitude", "Pruner", "Random", "SparseGPT", "Statistic", "Step", "Wanda",
+    "named", "options_of", "step_of",
+]  # fmt: skip
+
+Statistic = type[NormStatistic] | type[GramStatistic] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of a layer's inputs: `norm` ‖X[j]‖₂ (n,), `gram` X Xᵀ / tokens (n, n)."""
+
+    norm: Tensor | None = None
+    gram: Tensor | None = None
+
+    @classmethod
+    def of(cls, statistic: NormStatistic | GramStatistic | None) -> Known:
+        """What a statistic tells."""
+        if statistic is None:
+            return cls()
+        gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
+        return cls(statistic.norm(), gram)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Base of both kinds."""
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[Statistic] = None
+
+    def options(self) -> dict:
+        """Its options and their values, as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Pruner(Step):
+    """How to choose what stays of a matrix; see :mod:`slr.matrix.pruning`."""
+
+    moves: ClassVar[bool] = False  # whether kept weights change too
+
+    def __call__(
+        self, weight: Tensor, pattern: Pattern, known: Known, generator: torch.Generator
+    ) -> Pruned:
+        """Mask and kept weights of one matrix (m, n)."""
+        return prune(
+            weight, self.name, pattern, generator=generator,
+            activation_norm=known.norm if self.needs else None,
+            gram=known.gram if self.needs is GramStatistic else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Magnitude(Pruner):
+    """Keep the largest \\|W\\|; no data is read."""
+
+    name: ClassVar[str] = "magnitude"
+
+
+@dataclass(frozen=True)
+class Random(Pruner):
+    """Keep any: a control."""
+
+    name: ClassVar[str] = "random"
+
+
+@dataclass(frozen=True)
+class Wanda(Pruner):
+    """Keep the largest \\|W\\| · ‖X‖₂ (Sun et al. 2024)."""
+
+    name: ClassVar[str] = "wanda"
+    needs: ClassVar[Statistic] = NormStatistic
+
+
+@dataclass(frozen=True)
+class SparseGPT(Pruner):
+    """By the Hessian X Xᵀ; spreads each pruned weight's error over others (Frantar 2023)."""
+
+    name: ClassVar[str] = "sparsegpt"
+    needs: ClassVar[Statistic] = GramStatistic
+    moves: ClassVar[bool] = True
+
+
+PRUNERS: dict[str, type[Pruner]] = {c.name: c for c in (Magnitude, Random, Wanda, SparseGPT)}
+
+
+def named(kind: str, name: object, table: dict) -> type:
+    """The class of a name in a table.
+
+    Raises:
+        ValueError: there is none.
+
+    Cost: none.
+
+    >>> named("prune", "wanda", PRUNERS).__name__
+    'Wanda'
+    """
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{kind} {name!r} is unknown; it must be one of {', '.join(table)}")
+    return table[name]
+
+
+def options_of(step: type) -> set[str]:
+    """Names of the options of a class.
+
+    Cost: none.
+
+    >>> options_of(Wanda)
+    set()
+    """
+    return {field.name for field in fields(step)}
+
+
+def step_of(kind: str, step: Any, table: dict, options: dict) -> Any:
+    """The object of a name and its options; an object takes no more options.
+
+    Raises:
+        ValueError: an unknown name, or an option that has no effect.
+
+    Cost: none.
+
+    >>> step_of("prune", "wanda", PRUNERS, {})
+    Wanda()
+    """
+    made = isinstance(step, tuple(table.values()))
+    known = set() if made else options_of(named(kind, step, table))
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(
+                f"{key}={value!r} has no effect with {kind}={str(step)!r}; leave it out"
+            )
+    return step if made else table[step](**options)
