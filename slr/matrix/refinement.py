@@ -58,7 +58,7 @@ __all__ = ["SCHEDULES", "SOLVERS", "ramp", "refine", "svd_repair"]
 
 SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
-ROUNDING, FLOOR = 1e-6, 256  # of an error; times eps of ‖W‖, where only rounding is left
+ROUNDING = 1e-6  # of an error
 
 
 def ramp(rank: int, iterations: int) -> list[int]:
@@ -253,10 +253,10 @@ def _by_weights(
     def kept(rows: slice) -> Tensor:
         return weight[..., rows, :] - last[0][..., rows, :] @ last[1]
 
-    one_shot, floor = leading.one_shot(rank), FLOOR * torch.finfo(filled.dtype).eps
+    one_shot, eps = leading.one_shot(rank) * (1 + ROUNDING), torch.finfo(filled.dtype).eps
     del leading, filled  # and their buffers
     refined = assemble(weight, mask, low, steps, metric, kept)
-    if refined.error <= one_shot * (1 + ROUNDING) or refined.error <= floor * _size(weight, metric):
+    if refined.error <= one_shot or refined.error <= one_shot + 16 * eps * _size(weight, metric):
         return refined
     if not exact:
         better = _by_weights(weight, mask, metric, rank, True, generator, None, **limits)
