@@ -165,3 +165,50 @@ def test_bench_runs_a_benchmark_with_its_own_options():
     done = run("bench", "metrics", "--", "--help")
     assert done.exit_code == 0, done.output
     assert "--samples" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prune", "magnitude", "--calibration", "embedded"], "reads no data"),
+        (["--prune", "magnitude", "--samples", "4"], "samples=4 has no effect"),
+        (["--prune", "magnitude", "--seqlen", "64"], "seqlen=64 has no effect"),
+        (["--group", "matrix"], "group 'matrix' has no effect on pattern 2:4"),
+        (["--tolerance", "0.1"], "tolerance 0.1 has no effect with schedule='paper'"),
+        (["--seqlen", "0"], "seqlen is 0; a window needs at least 2 tokens"),
+        (["--refine", "none", "--rank", "2"], "rank=2 has no effect with refine='none'"),
+        (["--method", "cap", "--config", "x.yaml"], "option --config has no effect with --method"),
+        (["--config", "nowhere.yaml"], "config 'nowhere.yaml' cannot be read"),
+    ],
+)
+def test_an_option_without_effect_is_refused(small, tmp_path, arguments, says):
+    done = run("compress", small, "--out", tmp_path / "x", *arguments)
+    assert done.exit_code == 2, done.output
+    assert says in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("slr: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--task-folder", "x"], "option --task-folder has no effect without --tasks"),
+        (["--tasks", "a", "--text", "embedded"], "option --text has no effect with --tasks"),
+        (["--tasks", "a", "--stream"], "option --stream has no effect with --tasks"),
+        (["--seqlen", "0"], "seqlen is 0; a window needs at least 2 tokens"),
+        (["--limit", "0"], "limit is 0; it must be at least 1"),
+    ],
+)
+def test_eval_refuses_what_has_no_effect(small, arguments, says):
+    done = run("eval", small, *arguments)
+    assert done.exit_code == 2, done.output
+    assert says in done.stderr
+
+
+def test_a_config_file_whose_options_may_be_overruled(small, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("prune: magnitude\niterations: 3\nrank: 4\n")
+    out, config = tmp_path / "x", tmp_path / "recipe.yaml"
+    done = run("compress", small, "--out", out, "--config", config, "--rank", 2)
+    assert done.exit_code == 0, done.output
+    recipe = json.loads(run("info", out, "--json").stdout)["recipe"]
+    assert (recipe["prune"], recipe["iterations"], recipe["rank"]) == ("magnitude", 3, 2)

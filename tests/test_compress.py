@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import slr
 from slr.checkpoint.folder import about
-from slr.evaluate.comparison import prune_again
+from slr.evaluate.comparison import compare, prune_again
 from slr.layer.bits import pack_mask, unpack_mask
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, Known
@@ -236,3 +236,111 @@ def test_a_tolerance_stops_refinement_but_not_the_papers_ramp():
         assert counts[1] < 10
     with pytest.raises(ValueError, match=r"tolerance 0.3 has no effect with schedule='paper'"):
         slr.Recipe(prune="magnitude", tolerance=0.3)
+
+
+# What pruning left is data: where it moves weights, a mask on the dense ones is another model.
+MOVING = [
+    {"prune": "sparsegpt"},
+    {"prune": "sparsegpt", "refine": "svd"},
+    {"prune": "wanda", "refine": "activations", "update_mask": True, "iterations": 6},
+    {"prune": "magnitude", "prepare": "induction", "iterations": 2},
+]
+
+
+@pytest.mark.parametrize("options", MOVING)
+def test_what_pruning_left_is_what_is_reported(model, windows, options):
+    recipe = slr.Recipe(pattern="2:4", **options)
+    alone = slr.load(model.name_or_path, dtype=torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    reports = {r.name: r for r in slr.compress_model(model, recipe, windows)}
+    pruned = {r.name: r for r in slr.compress_model(alone, recipe.pruned_only(), windows)}
+    for name in [n for n in reports if ".layers.0." in n]:  # whose inputs are the same
+        assert reports[name].pruned_error == pytest.approx(pruned[name].error, rel=1e-5)
+        if options["prune"] == "sparsegpt":
+            W = before[f"{name}.weight"]
+            masked = float((W * ~alone.get_submodule(name).mask).norm() / W.norm())
+            assert pruned[name].error > 1.02 * masked
+
+
+@pytest.mark.parametrize("options", MOVING)
+def test_the_pruned_row_is_the_pruned_model(small, tmp_path, windows, options):
+    data = {"samples": 6, "seqlen": 32}
+    recipe = slr.Recipe(pattern="2:4", **options, **data)
+    slr.compress(small, recipe, out=tmp_path / "out")
+    alone = recipe.pruned_only()
+    if alone.needs_data:
+        slr.compress(small, alone, out=tmp_path / "pruned", calibration="embedded")
+    else:
+        slr.compress(small, alone, out=tmp_path / "pruned")
+    found = compare(tmp_path / "out", windows)
+    assert list(found)[:2] == ["dense", "pruned"]
+    assert found["pruned"] == pytest.approx(slr.perplexity(tmp_path / "pruned", windows), rel=1e-6)
+
+
+def test_no_pruned_row_without_its_calibration_text(small, tmp_path, text, windows):
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    recipe = slr.Recipe(prune="sparsegpt", samples=4, seqlen=32, iterations=2)
+    slr.compress(small, recipe, out=tmp_path / "out", calibration=file)
+    assert "pruned" in compare(tmp_path / "out", windows)
+    file.write_text(text[100:])  # not what it was
+    assert "pruned" not in compare(tmp_path / "out", windows)
+    file.unlink()
+    assert list(compare(tmp_path / "out", windows)) == ["dense", "refined"]
+
+
+def test_the_group_of_a_pattern_is_kept_on_disk(small, tmp_path):
+    recipe = slr.Recipe(prune="magnitude", pattern="0.3", group="matrix", iterations=2)
+    slr.compress(small, recipe, out=tmp_path / "out")
+    layers = [m for m in slr.load(tmp_path / "out").modules() if isinstance(m, slr.SLRLinear)]
+    assert len(layers) == 14
+    for layer in layers:
+        assert layer.pattern == slr.Unstructured(0.3, "matrix")
+        assert layer.pattern.verify(layer.mask)
+    again = slr.Recipe.from_dict(about(tmp_path / "out")["recipe"])
+    assert again.pattern == slr.Unstructured(0.3, "matrix")
+
+
+def test_one_verb_for_a_folder_and_for_a_loaded_model(small, tmp_path, windows):
+    recipe = slr.Recipe(prune="wanda", iterations=2)
+    streamed = slr.compress(small, recipe, out=tmp_path / "out", calibration=windows)
+    loaded = slr.load(small)
+    in_place = slr.compress(loaded, recipe, calibration=windows)
+    assert [r[:-1] for r in in_place] == [r[:-1] for r in streamed]
+    ids = windows[:2]
+    assert torch.equal(loaded(ids).logits, slr.load(tmp_path / "out")(ids).logits)
+    named = slr.load(small)  # a text needs the tokenizer, which is where the model is from
+    data = slr.Recipe(prune="wanda", iterations=2, samples=3, seqlen=32)
+    assert len(slr.compress(named, data, calibration="embedded")) == 14
+
+
+@pytest.mark.parametrize("system", [slr.CAP, slr.LoSparse])
+def test_systems_by_the_same_verb(small, windows, system):
+    model = slr.load(small, dtype=torch.float32)
+    reports = slr.compress(model, system(budget=0.4, steps=2), calibration=windows)
+    dense = sum(r.shape[0] * r.shape[1] for r in reports)
+    assert sum(r.kept + r.rank * sum(r.shape) for r in reports) <= 0.4 * dense
+    assert sum(isinstance(m, slr.SLRLinear) for m in model.modules()) == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "says"),
+    [
+        (["folder"], {}, ValueError, "out= has to name a folder to make"),
+        (["model"], {"out": "x"}, ValueError, "model is loaded, and compressed in place"),
+        (["model"], {"device": "cpu"}, ValueError, "have no effect on a loaded model"),
+        (["model"], {"calibration": "embedded"}, ValueError, "has no effect"),
+        (["folder"], {"out": "x", "calibration": "embedded"}, ValueError, "has no effect"),
+        (["folder", "x"], {}, TypeError, "the folder to make is out="),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    small, model, tmp_path, monkeypatch, arguments, options, error, says
+):
+    monkeypatch.chdir(tmp_path)
+    what = {"folder": small, "model": model}[arguments[0]]
+    recipe = arguments[1] if len(arguments) > 1 else slr.Recipe("magnitude", iterations=1)
+    with pytest.raises(error, match=says):
+        slr.compress(what, recipe, **options)
+    assert not any(isinstance(m, slr.SLRLinear) for m in model.modules())
+    assert not list(tmp_path.iterdir())

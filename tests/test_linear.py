@@ -332,3 +332,29 @@ def test_input_that_does_not_fit_is_named():
         layer(torch.randn(3, 7))
     with pytest.raises(ValueError, match=r"x has dtype torch\.bfloat16, but the layer torch\.fl"):
         layer(torch.randn(3, 8).bfloat16())
+
+
+def test_a_dense_layer_becomes_a_compressed_one():
+    linear = torch.nn.Linear(64, 48)
+    before = linear.weight.clone()
+    layer = slr.SLRLinear.from_linear(linear, pattern="2:4", rank=3)
+    mask = slr.prune(linear.weight, "magnitude", "2:4").mask
+    expected = slr.refine(linear.weight, mask, 3)
+    assert torch.equal(layer.dense(), expected.sparse + expected.B @ expected.A)
+    assert torch.equal(layer.bias, linear.bias)
+    assert torch.equal(linear.weight, before)
+    x = torch.randn(100, 64) * torch.rand(64)
+    with slr.observe({"only": linear}, slr.GramStatistic) as seen:
+        linear(x)
+    better = slr.SLRLinear.from_linear(
+        linear, prune="wanda", refine="activations", rank=3, statistic=seen["only"]
+    )
+    gram = slr.Gram(seen["only"].gram())
+    assert gram.error(before - better.dense()) < gram.error(before - layer.dense())
+    for options, says in (
+        ({"prune": "wanda"}, "'wanda' needs a NormStatistic of the layer's inputs"),
+        ({"refine": "eora"}, "'eora' needs a GramStatistic"),
+        ({"refine": "none", "rank": 2}, "rank=2 has no effect"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            slr.SLRLinear.from_linear(linear, **options)

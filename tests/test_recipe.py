@@ -5,6 +5,7 @@ import pytest
 
 import slr
 from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.options import read_config
 
 NAME = "model.layers.3.self_attn.q_proj"
 
@@ -66,3 +67,80 @@ def test_names_that_fit_no_layer_are_refused(small):
             slr.compress_model(model, slr.Recipe(prune="magnitude", **options))
     with pytest.raises(ValueError, match="leaves none to compress"):
         slr.compress_model(model, slr.Recipe(prune="magnitude", skip=["*"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prune": "magnitude", "samples": 4}, "samples=4 has no effect with prune='magnitude'"),
+        ({"prune": "magnitude", "seqlen": 64}, "seqlen=64 has no effect"),
+        ({"pattern": "2:4", "group": "matrix"}, "group 'matrix' has no effect on pattern 2:4"),
+        ({"tolerance": 0.1}, "tolerance 0.1 has no effect with schedule='paper'"),
+        ({"seqlen": 0}, "seqlen is 0; a window needs at least 2 tokens"),
+        ({"refine": "none", "rank": 3}, "rank=3 has no effect with refine='none'"),
+        ({"refine": "svd", "iterations": 3}, "iterations=3 has no effect with refine='svd'"),
+        ({"refine": "activations", "schedule": "paper"}, "schedule='paper' has no effect"),
+        ({"refine": slr.steps.SVD(rank=2), "rank": 3}, "rank=3 has no effect with refine='svd'"),
+        ({"overrides": {"*": {"refine": "svd", "iterations": 2}}}, "iterations=2 has no effect"),
+        ({"overrides": {"*": {"group": "matrix"}}}, "group 'matrix' has no effect on pattern 2:4"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        slr.Recipe(**options)
+
+
+@pytest.mark.parametrize("name", ["iterations", "rank", "samples", "seqlen", "seed"])
+def test_counts_are_integers(name):
+    with pytest.raises(TypeError, match=f"{name} is 2.5; it must be an integer"):
+        slr.Recipe(**{name: 2.5})
+
+
+def test_names_and_objects_make_the_same_recipe():
+    by_name = slr.Recipe(
+        prune="sparsegpt", pattern="0.5", group="matrix", refine="activations", rank=4,
+        iterations=7, update_mask=True, seed=2,
+        overrides={"*.q_proj": {"refine": "svd", "rank": 2}},
+    )  # fmt: skip
+    by_object = slr.Recipe(
+        slr.steps.PRUNERS["sparsegpt"](), slr.Unstructured(0.5, "matrix"), seed=2,
+        refine=slr.steps.Outputs(rank=4, iterations=7, update_mask=True),
+        overrides={"*.q_proj": {"refine": slr.steps.SVD(rank=2)}},
+    )  # fmt: skip
+    assert by_name == by_object
+    assert slr.Recipe(**json.loads(json.dumps(by_name.as_dict()))) == by_object
+    layer = by_object.layer(NAME, 64)
+    assert (str(layer.refine), layer.rank) == ("svd", 2)
+    with pytest.raises(AttributeError, match="a recipe cannot be changed"):
+        by_name.seed = 3
+
+
+def test_what_an_earlier_version_wrote_is_read():
+    old = {
+        "prune": "sparsegpt", "pattern": "0.5", "group": "matrix", "refine": "none", "rank": None,
+        "rank_ratio": 0.03125, "iterations": 50, "schedule": "paper", "update_mask": False,
+        "prepare": "none", "tolerance": 0.001, "samples": 16, "seqlen": 512, "seed": 0, "skip": [],
+        "overrides": {},
+    }  # fmt: skip
+    recipe = slr.Recipe.from_dict(old)
+    assert recipe == slr.Recipe(
+        "sparsegpt", "0.5", group="matrix", refine="none", samples=16, seqlen=512
+    )
+
+
+def test_a_recipe_in_a_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("prune: magnitude\npattern: '2:4'\noverrides: {'*.q_proj': {rank: 3}}\n")
+    assert slr.Recipe(**read_config(file)) == slr.Recipe(
+        "magnitude", overrides={"*.q_proj": {"rank": 3}}
+    )
+    for text, says in (
+        ("- a\n", "holds no options"),
+        ("prun: wanda\n", "'prun' is no option; it must be one of prune"),
+        ("{", "is not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read_config(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_config(tmp_path / "none.yaml")
