@@ -486,7 +486,7 @@ def test_a_choice_worse_than_the_start_is_refused(model, windows, found, monkeyp
     def rigged(*_):
         return lambda amounts, step: 0.5 if torch.equal(amounts, start) else 1.0 + 1e-6 * step
 
-    monkeypatch.setattr("slr.methods.cap.excess_loss", rigged)
+    monkeypatch.setattr("slr.methods.cap.allocation.excess_loss", rigged)
     with pytest.raises(ValueError, match=r"it is 1 with the learned choice and was 0\.5 at the"):
         allocate(model, windows, found=found, steps=8, rate=1e4)
     assert not any(isinstance(m, slr.SLRLinear) for m in model.modules())

@@ -68,7 +68,7 @@ def compress(
         OSError: no space left; what is done is kept.
 
     Example:
-        >>> import slr
+        >>> import slr, torch
         >>> model = slr.load("tiny", dtype=torch.float32)
         >>> reports = slr.compress(model, slr.Recipe(prune="magnitude", refine="none"))
         >>> len(reports), reports[0].error == reports[0].pruned_error

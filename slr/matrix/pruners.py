@@ -7,7 +7,7 @@ Each is frozen and says in ``needs`` which statistic of the layer's inputs it lo
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from slr.matrix.pruning import Pruned, prune
 from slr.matrix.statistics import GramStatistic, NormStatistic
 
 __all__ = [
-    "PRUNERS", "Known", "Magnitude", "Pruner", "Random", "SparseGPT", "Statistic", "Step", "Wanda",
-    "named", "options_of", "step_of",
+    "PRUNERS", "Known", "Magnitude", "Pruner", "Random", "SparseGPT", "Statistic", "Step", "Task",
+    "Wanda", "named", "options_of", "step_of",
 ]  # fmt: skip
 
 Statistic = type[NormStatistic] | type[GramStatistic] | None
@@ -38,6 +38,15 @@ class Known:
             return cls()
         gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
         return cls(statistic.norm(), gram)
+
+
+class Task(NamedTuple):
+    """One matrix (m, n), the pattern it is to have, what is known of its inputs, and chance."""
+
+    weight: Tensor
+    pattern: Pattern
+    known: Known
+    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,11 @@ class Pruner(Step):
 
     moves: ClassVar[bool] = False  # whether kept weights change too
 
-    def __call__(
-        self, weight: Tensor, pattern: Pattern, known: Known, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, task: Task) -> Pruned:
         """Mask and kept weights of one matrix (m, n)."""
+        known = task.known
         return prune(
-            weight, self.name, pattern, generator=generator,
+            task.weight, self.name, task.pattern, generator=task.generator,
             activation_norm=known.norm if self.needs else None,
             gram=known.gram if self.needs is GramStatistic else None,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from slr.matrix.checks import check_count
 from slr.matrix.metric import Diagonal, Gram, Metric
 from slr.matrix.patterns import Pattern
 from slr.matrix.pcp import pcp_repair
-from slr.matrix.pruners import PRUNERS, Known, Pruner, Statistic, Step
+from slr.matrix.pruners import PRUNERS, Known, Pruner, Statistic, Step, Task
 from slr.matrix.pruning import Pruned
 from slr.matrix.refinement import SCHEDULES, refine, svd_repair
 from slr.matrix.result import Refined
@@ -61,10 +61,7 @@ class Repair(Step):
         ratio = 1 / 32 if self.rank_ratio is None else self.rank_ratio
         return replace(self, rank=max(1, int(ratio * hidden_size)), rank_ratio=None)
 
-    def __call__(
-        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
-        generator: torch.Generator,
-    ) -> Refined:  # fmt: skip
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """S, B, A and mask of one matrix (m, n), from what pruning left; `rank` is definite."""
         raise TypeError(f"{type(self).__name__} is no repair of its own")
 
@@ -122,15 +119,12 @@ class Weights(Iterated):
                 "run to its end; leave it out or give schedule='accelerated'"
             )
 
-    def __call__(
-        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
-        generator: torch.Generator,
-    ) -> Refined:  # fmt: skip
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.refine`."""
         return refine(
-            weight, pruned.mask, self._definite(), metric=self._metric(known),
+            task.weight, pruned.mask, self._definite(), metric=self._metric(task.known),
             iterations=self.iterations, schedule=self.schedule, tolerance=self.tolerance,
-            generator=generator,
+            generator=task.generator,
         )  # fmt: skip
 
 
@@ -159,15 +153,12 @@ class Outputs(Iterated):
         """Whether the mask of the pruner is not the result's."""
         return self.update_mask
 
-    def __call__(
-        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
-        generator: torch.Generator,
-    ) -> Refined:  # fmt: skip
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.refine`."""
         return refine(
-            weight, pruned.mask, self._definite(), metric=self._metric(known),
-            iterations=self.iterations, tolerance=self.tolerance, generator=generator,
-            update_mask=pattern if self.update_mask else None,
+            task.weight, pruned.mask, self._definite(), metric=self._metric(task.known),
+            iterations=self.iterations, tolerance=self.tolerance, generator=task.generator,
+            update_mask=task.pattern if self.update_mask else None,
         )  # fmt: skip
 
 
@@ -177,13 +168,10 @@ class SVD(Repair):
 
     name: ClassVar[str] = "svd"
 
-    def __call__(
-        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
-        generator: torch.Generator,
-    ) -> Refined:  # fmt: skip
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.svd_repair`."""
-        rank, metric = self._definite(), self._metric(known)
-        return svd_repair(weight, pruned.mask, rank, metric, sparse=pruned.weight)
+        rank, metric = self._definite(), self._metric(task.known)
+        return svd_repair(task.weight, pruned.mask, rank, metric, sparse=pruned.weight)
 
 
 @dataclass(frozen=True)
@@ -200,12 +188,10 @@ class PCP(Repair):
 
     name: ClassVar[str] = "pcp"
 
-    def __call__(
-        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
-        generator: torch.Generator,
-    ) -> Refined:  # fmt: skip
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.matrix.pcp.pcp_repair`."""
         # As the paper's toolkit weighs S: by the sum of one column, not of all n of them.
+        weight = task.weight
         balance = 1 / (weight.shape[1] * max(weight.shape) ** 0.5)
         return pcp_repair(weight, pruned.mask, self._definite(), balance=balance, tolerance=1e-3)
 
@@ -222,13 +208,10 @@ class NoRepair(Step):
         """Itself."""
         return self
 
-    def __call__(
-        self, weight: Tensor, pruned: Pruned, pattern: Pattern, known: Known,
-        generator: torch.Generator,
-    ) -> Refined:  # fmt: skip
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """What pruning left."""
-        m, n = weight.shape
-        none = weight.new_zeros(m, 0), weight.new_zeros(0, n)
+        (m, n), zeros = task.weight.shape, task.weight.new_zeros
+        none = zeros(m, 0), zeros(0, n)
         return Refined(pruned.weight, *none, (), pruned.mask)
 
 
@@ -278,5 +261,6 @@ def prune_and_repair(
             kind = step.needs.__name__
             raise ValueError(f"{str(step)!r} needs a {kind} of the layer's inputs, see slr.observe")
     generator = generator or torch.Generator(weight.device).manual_seed(0)
-    pruned = pruner(weight, pattern, known, generator)
-    return Compressed(repair(weight, pruned, pattern, known, generator), pruned)
+    task = Task(weight, pattern, known, generator)
+    pruned = pruner(task)
+    return Compressed(repair(task, pruned), pruned)
