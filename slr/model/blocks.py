@@ -8,14 +8,11 @@ and emptied.  Book: chapter 9.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from slr.model.calibrate import BlockInputs
-
-__all__ = ["blocks_name", "decoder_blocks", "walk"]
+__all__ = ["Inputs", "blocks_name", "decoder_blocks", "walk"]
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -43,9 +40,16 @@ def blocks_name(model: nn.Module) -> str:
     )
 
 
+class Inputs(Protocol):
+    """What walks along: inputs of a block that can become those of the next."""
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the inputs of block `index` by its outputs."""
+
+
 def walk(
     model: nn.Module,
-    *inputs: BlockInputs | None,
+    *inputs: Inputs | None,
     fill: Callable[[str, nn.Module], None] | None = None,
     empty: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[tuple[int, str, nn.Module]]:

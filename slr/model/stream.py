@@ -23,12 +23,10 @@ from torch import Tensor, nn
 
 from slr.layer.linear import SLRLinear
 from slr.model import hf
-from slr.model.blocks import blocks_name, decoder_blocks, walk
+from slr.model.blocks import Inputs, blocks_name, decoder_blocks, walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from slr.model.calibrate import BlockInputs
 
 __all__ = ["FAMILIES", "Stream", "TensorFiles", "read_config", "read_json"]
 
@@ -217,7 +215,7 @@ class Stream:
         return f"{self.blocks_name}.{index}", self.blocks[index]
 
     def filled(
-        self, *inputs: BlockInputs | None, fill: Callable[[str, nn.Module], None] | None = None
+        self, *inputs: Inputs | None, fill: Callable[[str, nn.Module], None] | None = None
     ) -> Iterator[tuple[int, str, nn.Module]]:
         """The blocks in order, each with its weights while it is used; see :func:`walk`.
 
