@@ -99,7 +99,7 @@ def measure(
         The perplexity, and one :class:`~slr.model.block.LayerReport` for each layer.
 
     Raises:
-        ValueError: as :func:`slr.checkpoint.compression.compress_model`.
+        ValueError: as :func:`slr.methods.blockwise.compress_model`.
 
     Cost: as compressing and evaluating; memory for one block, and the hidden states of all
         windows, on disk when large.
