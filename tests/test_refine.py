@@ -350,6 +350,14 @@ def test_fast_is_within_a_thousandth_at_any_rank(m, n, rank, schedule):
     assert fast.error <= 1.001 * exact.error
 
 
+@pytest.mark.parametrize("schedule", ["paper", "constant"])
+def test_a_rank_above_a_32nd_of_the_side_takes_more_steps(schedule):
+    W = torch.randn(288, 256, generator=torch.Generator().manual_seed(288))
+    mask = slr.prune(W, "magnitude", "2:4").mask
+    exact, fast = (slr.refine(W, mask, 28, solver=s, schedule=schedule) for s in SOLVERS[::-1])
+    assert fast.error <= 1.0005 * exact.error
+
+
 @pytest.mark.parametrize("rank", [18, 128])
 def test_fast_is_within_a_thousandth_on_a_layer_of_576(rank):
     W = realistic(576, 576)
