@@ -8,7 +8,7 @@
 
 Each row of the first and third table is one fresh process.  The literal algorithm is timed over
 ``--literal`` iterations and scaled to ``--iterations`` unless that many are run; then its error is
-printed too.  The floor is the time of the three products of each iteration at the rate of a
+printed too.  The floor is the time of the three products of each power step at the rate of a
 large float32 matrix product, measured in the same process; where the processor multiplies
 bfloat16 faster, the search goes below what float32 would allow, and the ratio shows it.
 """
@@ -24,7 +24,7 @@ import torch
 
 import slr
 from slr.evaluate.origin import provenance
-from slr.matrix.filled import OVERSAMPLING, POLISH, WARMUP
+from slr.matrix.filled import OVERSAMPLING, POLISH, SHARE, WARMUP
 from slr.matrix.refinement import ramp
 
 SIZES = ("1024x1024:32", "2048x2048:64", "4096x4096:128", "4096x11008:128")
@@ -91,13 +91,15 @@ def literal(W, P, k, T, only):
 
 
 def flops(m: int, n: int, k: int, T: int, way: str) -> float:
-    """Of the three products of every iteration and of the last steps."""
+    """Of the three products of every power step, those at start and end included."""
     accelerated = way.startswith("accelerated")
-    fills = [2 * k] * T if accelerated else ramp(k, T)
+    ranks = [k] * T if accelerated else ramp(k, T)
+    fills = [0] + [r if t == 0 or not accelerated else 2 * r for t, r in enumerate(ranks)]
     polish = 0 if accelerated else min(POLISH, T)
-    fills += (WARMUP + polish) * [fills[-1]]
-    steps = len(fills) + WARMUP - 1
-    return 2 * m * n * (sum(fills) + 2 * steps * (k + OVERSAMPLING))
+    # The first L and one SVD of it, the iterations, twice the last of a ramp, and the last L.
+    fills = [0] * (2 * WARMUP - 1) + fills[:-1] + fills[T - polish : -1] + WARMUP * [fills[-1]]
+    steps_at_a_time = 3 if SHARE * k > min(m, n) else 1
+    return 2 * m * n * steps_at_a_time * sum(fill + 2 * (k + OVERSAMPLING) for fill in fills)
 
 
 def one(size: str, way: str, T: int, only: int) -> dict:
