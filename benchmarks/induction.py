@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import slr
-from slr.checkpoint.journal import write_atomically
+from slr.checkpoint.atomic import write_text
 from slr.evaluate.origin import provenance
 from slr.methods.induction import ROWS, Induction, induce
 
@@ -110,8 +110,7 @@ def measure(count: int, samples: int, out: Path | None) -> dict:
         rows.append(row(pattern, name, options, windows, text))
         rows.sort(key=lambda r: order.index((r["pattern"], r["scales"])))
         if out is not None:
-            made = json.dumps(result, indent=1) + "\n"
-            write_atomically(out, lambda file, made=made: file.write_text(made, encoding="utf-8"))
+            write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from slr.checkpoint.journal import sha256
+from slr.checkpoint.digests import sha256
 from slr.evaluate.origin import provenance
 
 

@@ -2,27 +2,31 @@
 
 - ``"peft"``: a dense checkpoint whose linears hold S, zeros included, and a LoRA adapter with B and
   A: what PEFT computes with it, S x + B (A x), is what :class:`slr.SLRLinear` computes.  As large
-  as the source on disk.
+  as the source on disk.  The adapter's base is ``..``, wherever the folder goes.
 - ``"dense"``: S + B A multiplied out; a plain checkpoint, as large as the source.
 
-Both are written block by block and appear whole.
+Both are written block by block and appear whole; an export that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.finish import add_small_files
 from slr.checkpoint.folder import resolve, shard_name
 from slr.checkpoint.journal import Journal
+from slr.checkpoint.sizes import check_space
 from slr.layer.linear import SLRLinear
 from slr.model import hf
-from slr.model.stream import Stream, read_json
+from slr.model.stream import Stream
+from slr.model.tensors import read_json
 
 __all__ = ["FORMS", "export"]
 
@@ -49,6 +53,8 @@ def export(model: str | Path, out: str | Path, to: str) -> Path:
 
     Memory: a block, and for ``"peft"`` all factors.
     """
+    import slr
+
     if to not in FORMS:
         raise ValueError(f"to {to!r} is unknown; it must be one of {', '.join(FORMS)}")
     folder = resolve(model)
@@ -62,23 +68,35 @@ def export(model: str | Path, out: str | Path, to: str) -> Path:
         if not any(layer["rank"] for layer in layers.values()):
             raise ValueError(f"folder {folder} has no low-rank part; export it --to dense")
     total = len(stream.blocks) + 1
-    factors: dict[str, Tensor] = {}
-    with Journal(out, {"export": to, "model": str(model)}, resume=False) as journal:
-        for index, name, block in stream.filled():
-            journal.add(shard_name(index, total), _plain(name, block, to, factors))
-        inside = f"{stream.blocks_name}."
-        rest = [n for n in stream.files.where if not n.startswith(inside)]
-        journal.add(shard_name(total - 1, total), stream.files.read(rest))
-        add_small_files(journal, folder)
+    files = {stream.block(i)[0]: shard_name(i, total) for i in range(total - 1)}
+    key = {"slr": slr.__version__, "export": to, "source": fingerprint(folder)}
+    width = stream.dtype.itemsize
+    dense = sum(width * la["shape"][0] * la["shape"][1] for la in layers.values())
+    check_space(dense + sum(file.stat().st_size for file in stream.files.files), out)
+    with Journal(out, key) as journal:
+
+        def fill(name: str, block: nn.Module) -> None:
+            if files[name] not in journal:
+                stream.fill(name, block)
+
+        for _, name, block in stream.filled(fill=fill):
+            if files[name] not in journal:
+                journal.add(files[name], _plain(name, block, to))
+        rest = shard_name(total - 1, total)
+        if rest not in journal:
+            inside = f"{stream.blocks_name}."
+            names = [n for n in stream.files.where if not n.startswith(inside)]
+            journal.add(rest, stream.files.read(names))
         if to == "peft":
-            _adapter(journal.folder / "adapter", layers, factors, str(out))
+            _adapter(journal, stream)
+        add_small_files(journal, folder)
         config = hf.reveal(read_json(folder / "config.json"))
         del config["quantization_config"]
-        return journal.finish(json.dumps(config, indent=1) + "\n")
+        return journal.finish(json.dumps(config, indent=1, allow_nan=False) + "\n")
 
 
-def _plain(name: str, block: nn.Module, to: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The dense tensors of a block; its factors are put aside for an adapter."""
+def _plain(name: str, block: nn.Module, to: str) -> dict[str, Tensor]:
+    """The dense tensors of a block."""
     tensors = {f"{name}.{k}": v for k, v in block.state_dict().items()}
     for inner, layer in block.named_modules():
         if not isinstance(layer, SLRLinear):
@@ -87,29 +105,32 @@ def _plain(name: str, block: nn.Module, to: str, factors: dict[str, Tensor]) -> 
         for part in ("values", "bitmask", "B", "A"):
             del tensors[f"{full}.{part}"]
         S, B, A = layer.weight, layer.B.data, layer.A.data
-        if to == "dense":
-            tensors[f"{full}.weight"] = S.float().addmm(B.float(), A.float()).to(S.dtype)
-            continue
-        tensors[f"{full}.weight"] = S
-        if layer.rank:
-            factors[f"base_model.model.{full}.lora_A.weight"] = A.contiguous()
-            factors[f"base_model.model.{full}.lora_B.weight"] = B.contiguous()
+        whole = S.float().addmm(B.float(), A.float()).to(S.dtype)
+        tensors[f"{full}.weight"] = whole if to == "dense" else S
     return tensors
 
 
-def _adapter(folder: Path, layers: dict[str, dict], factors: dict[str, Tensor], base: str) -> None:
-    """A LoRA adapter of scale 1."""
+def _adapter(journal: Journal, stream: Stream) -> None:
+    """A LoRA adapter of scale 1 in a folder of its own, for the base in the folder above it."""
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
-    ranks = {name: layer["rank"] for name, layer in layers.items() if layer["rank"]}
+    assert stream.about is not None
+    ranks = {name: la["rank"] for name, la in stream.about["layers"].items() if la["rank"]}
+    if "adapter/adapter_model.safetensors" not in journal:
+        names = [f"{name}.{part}" for name in ranks for part in "AB"]
+        factors = {
+            f"base_model.model.{full[:-2]}.lora_{full[-1]}.weight": value
+            for full, value in stream.files.read(names).items()
+        }
+        journal.add("adapter/adapter_model.safetensors", factors)
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual, lora_alpha=usual, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
         target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=others,
-        inference_mode=True, base_model_name_or_path=base,
+        inference_mode=True, base_model_name_or_path="..",
     )  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        text = (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
+    journal.add_text("adapter/adapter_config.json", text)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from slr.checkpoint.cards import card
-from slr.checkpoint.folder import COPIED, read_raw, shard_name
+from slr.checkpoint.folder import read_raw, shard_name, small_files
 from slr.checkpoint.journal import Journal
 from slr.model import hf
-from slr.model.stream import INDEX, Stream
+from slr.model.stream import Stream
+from slr.model.tensors import INDEX
 
 __all__ = ["add_small_files", "complete"]
 
@@ -25,14 +25,13 @@ def add_small_files(journal: Journal, source: Path) -> int:
     Returns:
         Bytes of the tensor files.
     """
-    files = sorted(journal.entries)
+    files = sorted(file for file in journal.entries if "/" not in file)
     where = {name: file for file in files for name in journal.entries[file]["tensors"]}
     size = sum((journal.folder / file).stat().st_size for file in files)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
     journal.add_text(INDEX, json.dumps(index, indent=1) + "\n")
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            shutil.copyfile(file, journal.folder / file.name)
+    for file in small_files(source):
+        journal.add_copy(file)
     return size
 
 
@@ -44,9 +43,12 @@ def complete(stream: Stream, journal: Journal, notes: dict) -> None:
     expected = stream.model.state_dict()
     names = [n for n in stream.files.where if not n.startswith(inside) and n in expected]
     if rest not in journal:
-        journal.add(rest, stream.files.read(names))
+        read = stream.files.read(names)
+        journal.add(
+            rest, {n: v.to(stream.dtype) if v.is_floating_point() else v for n, v in read.items()}
+        )
     size = add_small_files(journal, stream.folder)
-    before = sum(f.stat().st_size for f in set(stream.files.where.values()))
+    before = sum(file.stat().st_size for file in stream.files.files)
     journal.add_text("README.md", card(notes, before, size))
     raw = {**read_raw(stream.folder), "num_hidden_layers": stream.config.num_hidden_layers}
     journal.finish(json.dumps(hf.disguise(raw, notes), indent=1) + "\n")

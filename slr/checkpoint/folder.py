@@ -8,7 +8,6 @@ and a model card.  A compressed layer is stored as ``values``, ``bitmask``
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +15,22 @@ import torch
 from safetensors import SafetensorError
 
 from slr import tiny
+from slr.checkpoint.digests import check_sums
 from slr.layer.linear import SLRLinear
-from slr.model.stream import TensorFiles, read_json
+from slr.model.tensors import FLOATS, TensorFiles, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "COPIED", "about", "context", "fingerprint", "load", "load_tokenizer", "read_raw", "resolve",
-    "shard_name",
+    "about", "context", "load", "load_tokenizer", "read_raw", "resolve", "shard_name",
+    "small_files",
 ]  # fmt: skip
 
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template*", "generation_config.json", "LICENSE*",
 )  # fmt: skip
-SAMPLES, SAMPLE = 16, 1 << 16  # places of a file that its fingerprint reads, bytes at each
 
 
 def resolve(model: str | Path, download: bool = True) -> Path:
@@ -78,6 +77,24 @@ def _from_hub(name: str, download: bool) -> Path:
         ) from None
 
 
+def small_files(folder: Path) -> list[Path]:
+    """The files of a source that its result gets as they are: tokenizer, template, licence.
+
+    Raises:
+        ValueError: one that cannot be read, or a link to nothing.
+    """
+    found = {file for pattern in COPIED for file in folder.glob(pattern) if not file.is_dir()}
+    for file in found:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise ValueError(
+                f"{file} is to be copied, but cannot be read ({error.strerror}); mend it or remove "
+                "it"
+            ) from None
+    return sorted(found)
+
+
 def read_raw(folder: Path) -> dict:
     """``config.json`` as it is."""
     return read_json(folder / "config.json")
@@ -113,34 +130,42 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load(
-    model: str | Path, dtype: torch.dtype | None = None, *, cache: bool = False
+    model: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    cache: bool = False,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint, dense or compressed: ``AutoModelForCausalLM.from_pretrained``, checked.
 
     Args:
         model: as for :func:`resolve`.
-        dtype: of the weights; as stored when ``None``.
+        dtype: of the weights; when ``None`` the configuration's, else the one most have.
         cache: whether compressed layers also hold their sparse part unpacked, which is faster for
             few tokens on a CPU and takes the memory of the dense model and more.
+        verify: compare every byte with the digests of the folder, see :func:`slr.verify`.
 
     Returns:
         The model in evaluation mode on the CPU; compressed layers are
         :class:`~slr.layer.linear.SLRLinear`.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or tensors that do not fit the configuration.
+        ValueError: no checkpoint, a damaged one, tensors that do not fit the configuration, or
+            values that are not finite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     folder = resolve(model)
-    _check_files(folder)
+    dtype = dtype or _dtype(folder)
+    if verify:
+        check_sums(folder)
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
     except SafetensorError as error:
@@ -150,39 +175,29 @@ def load(
         if bars:
             logging.enable_progress_bar()
     loaded, info = found
-    wrong = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
-    if wrong:
-        raise ValueError(f"folder {folder} does not fit its configuration: {wrong[0]}, …")
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(
+                f"folder {folder} does not fit its configuration: {kind.replace('_', ' ')}, as "
+                f"{min(map(str, info[kind]))}"
+            )
+    for name, value in loaded.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{folder}: tensor {name} is not finite")
     for layer in loaded.modules() if cache else ():
         if isinstance(layer, SLRLinear):
             layer.cache_()
     return loaded.eval()
 
 
-def _check_files(folder: Path) -> None:
-    """Raise ValueError unless the files can be read and hold what a compressed folder lists."""
-    notes, files = about(folder), TensorFiles(folder)
-    for name in {} if notes is None else notes["layers"]:
-        for part in ("values", "bitmask", "B", "A"):
-            if f"{name}.{part}" not in files.where:
-                raise ValueError(f"folder {folder} lacks the tensor {name}.{part}")
-
-
-def fingerprint(folder: Path) -> dict:
-    """Digests that tell one source from another: the configuration, and samples of each file.
-
-    Cost: reads 1 MiB of each safetensors file.
-    """
-    found = {}
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        size = file.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with file.open("rb") as stream:
-            for i in range(SAMPLES):
-                stream.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
-                digest.update(stream.read(SAMPLE))
-        found[file.name] = digest.hexdigest()
-    return found
+def _dtype(folder: Path) -> torch.dtype:
+    """The configuration's, else the one that most weights have; the files are looked at anyway."""
+    stored, raw = TensorFiles(folder).dtype, read_raw(folder)
+    given = raw.get("dtype") or raw.get("torch_dtype")
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+    if given is not None and given not in known:
+        raise ValueError(f"{folder}: dtype {given!r} is unknown; it must be {', '.join(known)}")
+    return stored if given is None else known[given]
 
 
 def shard_name(index: int, total: int) -> str:

@@ -1,84 +1,41 @@
 """A folder that comes into being file by file, survives being killed, and appears whole.
 
-Work is done in ``OUT.partial``.  Every file is written under a temporary name, flushed to disk and
-renamed, then entered with its SHA-256 in ``journal.json``, which is written the same way.  A run
-that was killed, at any byte, goes on after the last entry; only at the end is the folder renamed
-to ``OUT``.  Nothing in the files depends on when or how often a run was interrupted.
+Work is done in ``OUT.partial``: the files of the result in its folder ``files``, and beside it
+``journal.json`` and a lock.  Every file is written under a temporary name, flushed to disk and
+renamed, then entered with its SHA-256 in the journal, which is written the same way.  A run that
+was killed, at any byte, goes on after the last entry; only at the end is ``files`` renamed to
+``OUT``, and then ``OUT.partial`` goes.  Nothing in the files depends on when or how often a run
+was interrupted.  What a journal does not list is never removed.
 
 Book: the page on the format.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
+import reprlib
 import shutil
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Journal", "check_free", "sha256", "write_atomically"]
+from slr.checkpoint.atomic import NO_ROOM, sync_folder, write_atomically, write_text
+from slr.checkpoint.digests import SUMS, sha256, sums
+from slr.checkpoint.place import PROBE, become, check_free, check_rename, target
+
+__all__ = ["Journal"]
 
 NAME = "journal.json"
 LOCK = "lock"
+FILES = "files"
+SCRATCH = "*.tmp"  # what a killed run had no time to remove
 LAST = "config.json"  # written last
-
-
-def check_free(out: str | Path) -> Path:
-    """Raise ValueError unless `out` does not exist yet or is an empty folder; return its path."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give the name of a new folder")
-    return out
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a temporary file, flush it to disk, and rename it to `file`.
-
-    Raises:
-        OSError: no space, or not writable; `file` is then as it was.
-    """
-    temporary = file.with_name(f"{file.name}.tmp")
-    try:
-        try:
-            write(temporary)
-        except OSError:
-            raise
-        except Exception as error:  # safetensors reports a full disk with an error of its own
-            if "space left" in str(error) or "File too large" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from None
-            raise
-        temporary.chmod(0o644)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-        _sync_folder(file.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Journal:
@@ -88,94 +45,173 @@ class Journal:
         out: the folder to make.
         key: plain values that decide the result; a journal with others is not resumed.
         resume: go on with what is there; ``False`` starts over.
+        memory: plain values to find again on resuming, as what takes long to compute anew.
 
     Attributes:
-        folder: the work folder.
-        entries: SHA-256, tensor names and notes of each finished file.
+        out: the folder to make; where a link leads, if `out` is one.
+        folder: where the files of the result are until then.
+        entries: SHA-256, tensor names and notes of each finished tensor file.
         bytes_written, seconds: of tensor files, in this run.
 
     Raises:
-        ValueError: `out` exists, is being written by another run, or was begun with another key.
+        ValueError: `out` exists or cannot be made by a rename; its work folder is in use, was begun
+            with another key, or is not one of slr's.
     """
 
-    def __init__(self, out: str | Path, key: dict, resume: bool = True) -> None:
-        self.out = check_free(out)
-        self.folder = self.out.with_name(f"{self.out.name}.partial")
+    def __init__(
+        self, out: str | Path, key: dict, resume: bool = True, memory: dict | None = None
+    ) -> None:
+        self.out = target(out)
+        self.work = self.out.with_name(f"{self.out.name}.partial")
+        self.folder = self.work / FILES
         self.key = json.loads(json.dumps(key))
-        self.resume = resume
+        self.resume, self.memory = resume, memory or {}
         self.entries: dict[str, dict] = {}
+        self.names: list[str] = []  # of every file that was ever begun here
         self.bytes_written, self.seconds = 0, 0.0
+        self._lock = FileLock(self.work / LOCK)
 
     def __enter__(self) -> Journal:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / LOCK).open("w")
+            if not self.work.exists():
+                check_free(self.out)
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not (self.work / NAME).exists():
+                self._check_ours()
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.work} is in use by another run") from None
         except OSError as error:
-            raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
+            raise ValueError(f"cannot write to {self.work}: {error.strerror}") from None
         try:
-            self._take_lock()
-            self._read()
+            self._open()
         except BaseException:
-            self._lock.close()
+            self._leave()
             raise
         return self
+
+    @staticmethod
+    def remembered(out: str | Path) -> dict:
+        """The memory of a journal that was begun for `out`, if there is one that can be read."""
+        journal = Journal(out, {})
+        with suppress(ValueError, OSError):
+            journal._found()
+        return journal.memory
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
         if error is not None and not self.entries:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            kept = (
-                f"what is done is kept in {self.folder}: make room and give the same command again"
-            )
+            self._clear()
+        self._leave()
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            kept = f"what is done is kept in {self.work}: make room and give the same command again"
             raise OSError(
-                f"no space left for {self.out}; {kept if self.entries else 'nothing is written'}"
+                error.errno,
+                f"no space left for {self.out}; {kept if self.entries else 'nothing is written'}",
             ) from None
 
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.folder} is in use by another run") from None
+    def _leave(self) -> None:
+        """Let go of the lock, and of the work folder if nothing is left in it."""
+        with suppress(OSError):
+            self.folder.rmdir()
+        if not any(file.name != LOCK for file in self.work.iterdir()):
+            # Unlinked while it is held: who waits for it finds that it is no file any more.
+            with suppress(OSError):
+                (self.work / LOCK).unlink()
+        self._lock.release()
+        with suppress(OSError):
+            self.work.rmdir()
 
-    def _read(self) -> None:
-        if not self.resume:
+    def _open(self) -> None:
+        """Take up what is there, under the lock."""
+        found = self._found()
+        if found is not None and not self.folder.exists() and self.out.exists():
+            self._clear()  # the run was killed after its last rename
+        check_free(self.out)
+        if found is not None and not self.resume:
             self._clear()
-        for rest in self.folder.glob("*.tmp"):
-            rest.unlink()
-        if not (self.folder / NAME).exists():
-            self._clear()
+            found = None
+        self._check_ours()
+        check_rename(self.work, self.out)
+        self.folder.mkdir(exist_ok=True)
+        if found is None:
             self._write()
             return
-        found = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
         if found["key"] != self.key:
             raise ValueError(
-                f"{self.folder} was begun differently ({_difference(found['key'], self.key)}); "
+                f"{self.work} was begun differently ({_difference(found['key'], self.key)}); "
                 "give the same options, or start over with resume=False (--fresh)"
             )
         self.entries = {
             name: entry for name, entry in found["entries"].items()
             if (self.folder / name).is_file() and sha256(self.folder / name) == entry["sha256"]
         }  # fmt: skip
-        for file in self.folder.glob("*.safetensors"):
-            if file.name not in self.entries:
-                file.unlink()
+        for name in set(self.names) - set(self.entries):
+            self._remove(name)
+
+    def _check_ours(self) -> None:
+        """Raise ValueError if anything is there that no run of slr left."""
+        known = {LOCK, NAME, f"{NAME}.tmp", PROBE, FILES}
+        listed = {self.folder / part for name in self.names for part in (name, f"{name}.tmp")}
+        for file in self.work.rglob("*"):
+            top = file.parent == self.work and (file.name in known or file.match(SCRATCH))
+            if not top and file not in listed and not file.is_dir():
+                raise ValueError(
+                    f"{file} is in the way: no run of slr left it, so it is not touched; move it, "
+                    "or give another name for the folder to make"
+                )
+
+    def _found(self) -> dict | None:
+        """The journal that is there; its list of names is taken over."""
+        file = self.work / NAME
+        if not file.exists():
+            return None
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            digest = found.pop("sha256")
+            if digest != _digest(found):
+                raise ValueError("its own SHA-256 is another")
+            self.names = list(found["files"])
+            if any(Path(name).is_absolute() or ".." in Path(name).parts for name in self.names):
+                raise ValueError("it lists files elsewhere")
+            self.memory = found["memory"] | self.memory
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{file} is not a journal that this version of slr wrote ({error}); finish with "
+                f"the version that began, or remove {self.work} and start again"
+            ) from None
+        return found
+
+    def _remove(self, name: str) -> None:
+        for file in (self.folder / name, self.folder / f"{name}.tmp"):
+            file.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        for file in self.folder.iterdir():
-            if file.name == LOCK:
-                continue
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        """Remove what the journal lists, and the journal."""
+        for name in self.names:
+            self._remove(name)
+            with suppress(OSError):
+                if (above := (self.folder / name).parent) != self.folder:
+                    above.rmdir()
+        for file in (self.work / NAME, *self.work.glob(SCRATCH)):
+            file.unlink(missing_ok=True)
+        self.names, self.entries = [], {}
 
     def _write(self) -> None:
-        text = json.dumps({"key": self.key, "entries": self.entries}, indent=1)
-        write_atomically(self.folder / NAME, lambda file: _text(file, text))
+        now = {
+            "key": self.key, "memory": self.memory, "files": self.names, "entries": self.entries
+        }  # fmt: skip
+        write_text(self.work / NAME, json.dumps({**now, "sha256": _digest(now)}, indent=1) + "\n")
+
+    def _begin(self, name: str) -> Path:
+        """List a file before it is written, so that it is known to be ours."""
+        if name not in self.names:
+            self.names.append(name)
+            self._write()
+        file = self.folder / name
+        file.parent.mkdir(exist_ok=True)
+        return file
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -184,39 +220,50 @@ class Journal:
         """Write a safetensors file and enter it with `notes`."""
         started = time.perf_counter()
         parts = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-
-        def write(file: Path) -> None:
-            save_file(parts, file, metadata={"format": "pt"})
-
-        write_atomically(self.folder / name, write)
-        digest = sha256(self.folder / name)
-        self.entries[name] = {"sha256": digest, "tensors": sorted(parts), "notes": notes}
+        file = self._begin(name)
+        write_atomically(file, lambda at: save_file(parts, at, metadata={"format": "pt"}))
+        self.entries[name] = {"sha256": sha256(file), "tensors": sorted(parts), "notes": notes}
         self._write()
-        self.bytes_written += (self.folder / name).stat().st_size
+        self.bytes_written += file.stat().st_size
         self.seconds += time.perf_counter() - started
 
     def remove(self, name: str) -> None:
         """Take a file out again: one that only the work needed."""
         del self.entries[name]
         self._write()
-        (self.folder / name).unlink()
+        self._remove(name)
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small text file; it is not entered, and written again on resuming."""
-        write_atomically(self.folder / name, lambda file: _text(file, text))
+        write_text(self._begin(name), text)
+
+    def add_copy(self, source: Path) -> None:
+        """Copy a small file, likewise."""
+        write_atomically(self._begin(source.name), lambda at: shutil.copyfile(source, at))
 
     def finish(self, config: str) -> Path:
-        """Write ``config.json`` and give the folder its name."""
+        """Write ``config.json`` and the digests of all files, and give the folder its name."""
         self.add_text(LAST, config)
-        (self.folder / NAME).unlink()
-        (self.folder / LOCK).unlink()
-        os.replace(self.folder, self.out)
-        _sync_folder(self.out.parent)
+        files = {f for name in self.names if (f := self.folder / name).is_file()}
+        names = {str(file.relative_to(self.folder).as_posix()): file for file in files}
+        known = {name: entry["sha256"] for name, entry in self.entries.items()}
+        names.pop(SUMS, None)
+        self.add_text(SUMS, sums({n: known.get(n) or sha256(file) for n, file in names.items()}))
+        try:
+            become(self.folder, self.out)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.folder} is complete, but cannot become {self.out} ({error.strerror}); "
+                "make way and give the same command again",
+            ) from None
+        sync_folder(self.out.parent)
+        self._clear()
         return self.out
 
 
-def _text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
+def _digest(journal: dict) -> str:
+    return hashlib.sha256(json.dumps(journal, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(old: dict, new: dict, path: str = "") -> str:
@@ -227,5 +274,5 @@ def _difference(old: dict, new: dict, path: str = "") -> str:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             return _difference(before, now, f"{path}{name}.")
-        return f"{path}{name} was {before!r}, now {now!r}"
+        return f"{path}{name} was {reprlib.repr(before)}, now {reprlib.repr(now)}"
     return "nothing"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from slr.checkpoint.folder import resolve
 from slr.matrix.accounting import Account, matrix_account
@@ -20,11 +19,19 @@ from slr.matrix.patterns import Pattern
 from slr.model.blocks import decoder_blocks
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
+from slr.model.tensors import TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Summary", "check_space", "checkpoint_account", "megabytes", "model_account"]
+__all__ = [
+    "Summary",
+    "bytes_after",
+    "check_space",
+    "checkpoint_account",
+    "megabytes",
+    "model_account",
+]
 
 
 def model_account(
@@ -96,26 +103,24 @@ def checkpoint_account(folder: str | Path) -> dict[str, float]:
     5868800
     """
     found = {"bytes": 0.0, "values": 0.0, "nonzero": 0.0}
-    for file in sorted(resolve(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                value = tensors.get_tensor(name)
-                found["bytes"] += value.nbytes
-                if value.is_floating_point():
-                    found["values"] += value.numel()
-                    found["nonzero"] += int(value.count_nonzero())
+    files = TensorFiles(resolve(folder))
+    for name in files.where:
+        value = files.read([name])[name]
+        found["bytes"] += value.nbytes
+        if value.is_floating_point():
+            found["values"] += value.numel()
+            found["nonzero"] += int(value.count_nonzero())
     return found
 
 
-def check_space(stream: Stream, plan: list[dict[str, Recipe]], out: str | Path) -> None:
-    """Raise OSError unless the disk has room for the compressed folder.
+def bytes_after(stream: Stream, plan: list[dict[str, Recipe]]) -> int:
+    """About how large a checkpoint will be when the layers of a plan are compressed.
 
     Args:
         stream: the source.
         plan: resolved recipe of each layer of each block.
-        out: folder to be made, in the parent of which room is needed.
     """
-    need = sum(f.stat().st_size for f in set(stream.files.where.values()))
+    size = sum(file.stat().st_size for file in stream.files.files)
     for index, layers in enumerate(plan):
         block = stream.block(index)[1]
         for name, recipe in layers.items():
@@ -124,18 +129,41 @@ def check_space(stream: Stream, plan: list[dict[str, Recipe]], out: str | Path) 
             small = matrix_account(
                 (m, n), recipe.pattern, recipe.rank or 0, dtype=stream.dtype, storage="bitmask"
             )
-            need -= int(dense.bytes - small.bytes)
+            size -= int(dense.bytes - small.bytes)
+    return size
+
+
+def check_space(need: int, out: str | Path) -> None:
+    """Raise OSError unless the disk has room.
+
+    Args:
+        need: bytes.
+        out: folder to be made, in the parent of which room is needed.
+    """
     parent = Path(out).absolute().parent
     while not parent.exists():
         parent = parent.parent
     part = Path(out).with_name(f"{Path(out).name}.partial")
-    done = sum(file.stat().st_size for file in part.glob("*.safetensors"))
-    free = shutil.disk_usage(parent).free + done
-    if need > free:
+    done = sum(file.stat().st_size for file in part.rglob("*.safetensors"))
+    free = shutil.disk_usage(parent).free
+    if need - done > free:
         raise OSError(
             errno.ENOSPC,
-            f"{out} will need about {need / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free",
+            f"{out} will need about {_amount(max(need - done, 1))} more, but {parent} has "
+            f"{_amount(free)} free",
         )
+
+
+def _amount(size: float) -> str:
+    """Bytes in words, to three digits.
+
+    >>> _amount(63_244_000), _amount(13.2e9), _amount(900)
+    ('63.2 MB', '13.2 GB', '0.9 kB')
+    """
+    for unit, word in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {word}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def megabytes(folder: Path) -> float:

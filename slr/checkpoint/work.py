@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slr.checkpoint.digests import fingerprint, stamps
 from slr.checkpoint.finish import complete
-from slr.checkpoint.folder import context, fingerprint, load_tokenizer, resolve
+from slr.checkpoint.folder import context, load_tokenizer, resolve, small_files
 from slr.checkpoint.journal import Journal
-from slr.checkpoint.sizes import check_space
+from slr.checkpoint.sizes import bytes_after, check_space
 from slr.methods.blockwise import plan_layers
 from slr.methods.system import System
 from slr.model import data, distributed, hf
@@ -53,7 +54,16 @@ class Work:
     journal: Journal
 
     def finish(self, reports: list[LayerReport]) -> None:
-        """Write what is left to write, and let the folder appear."""
+        """Write what is left to write, and let the folder appear.
+
+        Raises:
+            ValueError: the source was changed meanwhile.
+        """
+        if stamps(self.stream.folder) != self.journal.memory["source"]["stamps"]:
+            raise ValueError(
+                f"{self.stream.folder} was changed while it was read, so {self.journal.out} would "
+                "be half of one model and half of another; start over with resume=False (--fresh)"
+            )
         told = hf.notes(self.name, self.method.as_dict(), self.calibration, reports)
         complete(self.stream, self.journal, told)
 
@@ -95,14 +105,29 @@ def begin(
     elif distributed.world() > 1:
         raise ValueError(f"{method.name} works in one process, not in {distributed.world()}")
     windows, text = calibration_windows(source, method, calibration)
+    small_files(source)
+    check_space(bytes_after(stream, layers), out)
+    with distributed.first(_keyed(out, source, method, text, resume)) as journal:
+        yield Work(str(model), stream, windows, text, method, layers, journal)
+
+
+def _keyed(
+    out: str | Path, source: Path, method: Recipe | System, text: dict | None, resume: bool
+) -> Journal:
+    """The journal of a compression: all that decides the result is its key."""
+    import slr
+
+    known = Journal.remembered(out).get("source") if resume else None
+    digests = fingerprint(source, known)
     key = {
-        "source": {"name": str(model), **fingerprint(source)},
+        "slr": slr.__version__,
+        "format": hf.FORMAT,
+        "source": digests,
         "recipe": method.as_dict(),
         "calibration": text,
     }
-    check_space(stream, layers, out)
-    with distributed.first(Journal(out, key, resume)) as journal:
-        yield Work(str(model), stream, windows, text, method, layers, journal)
+    memory = {"source": {"stamps": stamps(source), "sha256": digests}}
+    return Journal(out, key, resume, memory)
 
 
 def calibration_windows(

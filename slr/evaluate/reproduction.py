@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slr.checkpoint.folder import context, fingerprint, load_tokenizer, resolve
-from slr.checkpoint.journal import write_atomically
+from slr.checkpoint.atomic import write_text
+from slr.checkpoint.digests import fingerprint
+from slr.checkpoint.folder import context, load_tokenizer, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import streamed_perplexity
 from slr.evaluate.origin import provenance
@@ -224,9 +225,4 @@ def _there(file: Path, what: dict) -> bool:
 
 def _write(file: Path, told: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(told, indent=1) + "\n"
-    write_atomically(file, lambda path: _text(path, text))
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(file, json.dumps(told, indent=1) + "\n")

@@ -9,133 +9,41 @@ Book: how to use this book.
 from __future__ import annotations
 
 import ctypes
-import json
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from slr.layer.linear import SLRLinear
 from slr.model import hf
 from slr.model.blocks import Inputs, blocks_name, decoder_blocks, walk
+from slr.model.tensors import TensorFiles, read_json, tied_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Stream", "TensorFiles", "read_config", "read_json"]
+__all__ = ["FAMILIES", "Stream", "read_config"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "opt")
-INDEX = "model.safetensors.index.json"
-
-
-class TensorFiles:
-    """The safetensors files of a folder as one table of tensors.
-
-    Args:
-        folder: with ``model.safetensors``, or shards and their index.
-
-    Attributes:
-        where: file of each tensor name.
-        bytes_read: so far.
-        seconds: spent reading, so far.
-
-    Raises:
-        ValueError: no such file, a damaged or truncated one, or one that the index misses.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.bytes_read, self.seconds = folder, 0, 0.0
-        self.where: dict[str, Path] = {}
-        for file, names in self._listing().items():
-            if not file.is_file():
-                raise ValueError(f"{folder} has no {file.name}, which its index names")
-            with _opened(file) as handle:
-                there = set(handle.keys())
-            for name in there if names is None else names:
-                if name not in there:
-                    raise ValueError(f"{file} lacks the tensor {name}, which the index puts there")
-                self.where[name] = file
-
-    def _listing(self) -> dict[Path, list[str] | None]:
-        index = self.folder / INDEX
-        if not index.is_file():
-            files = sorted(self.folder.glob("*.safetensors"))
-            files = [f for f in files if f.name == "model.safetensors"] or files
-            return dict.fromkeys(files)
-        listing: dict[Path, list[str]] = defaultdict(list)
-        for name, file in read_json(index).get("weight_map", {}).items():
-            listing[self.folder / file].append(name)
-        return dict(listing)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, from the header."""
-        with _opened(self.where[name]) as handle:
-            return tuple(handle.get_slice(name).get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, from the headers."""
-        found = {}
-        for file in set(self.where.values()):
-            with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    found[name] = tuple(handle.get_slice(name).get_shape())
-        return {name: found[name] for name in self.where}
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some tensors, copied into memory."""
-        started = time.perf_counter()
-        by_file: dict[Path, list[str]] = defaultdict(list)
-        for name in names:
-            by_file[self.where[name]].append(name)
-        tensors = {}
-        for file, wanted in by_file.items():
-            with _opened(file) as handle:
-                for name in wanted:
-                    tensors[name] = handle.get_tensor(name).clone()
-                    self.bytes_read += tensors[name].nbytes
-        self.seconds += time.perf_counter() - started
-        return tensors
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first tensor of floating point."""
-        for name, file in self.where.items():
-            with _opened(file) as handle:
-                value = handle.get_slice(name)[:1] if handle.get_slice(name).get_shape() else None
-            if value is not None and value.is_floating_point():
-                return value.dtype
-        raise ValueError(f"folder {self.folder} holds no floating-point tensor")
-
-
-def _opened(file: Path):
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short: {error}") from None
-
-
-def read_json(file: Path) -> dict:
-    """A JSON file.  Raises ValueError if it is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+ADAPTER = "adapter_config.json"  # PEFT's
 
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
     """The dense model's configuration, and what a compressed folder says of itself.
 
     Raises:
-        ValueError: not JSON, an unknown model family, or a quantised model.
+        ValueError: not JSON, an unknown model family, a quantised model, or one with an adapter.
     """
     from transformers import AutoConfig
 
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"folder {folder} holds an adapter ({ADAPTER}) beside the model; merge it into the "
+            "weights (PEFT's merge_and_unload), or move it away to take the model without it"
+        )
     raw = read_json(folder / "config.json")
     kind = raw.get("slr", {}).get("dense", raw).get("model_type")
     if kind not in FAMILIES:
@@ -154,15 +62,14 @@ class Stream:
     Args:
         folder: of the checkpoint.
         device: where tensors go.
-        dtype: of the weights; as stored when ``None``.
+        dtype: of the weights; when ``None`` the configuration's, else the one most have.
 
     Attributes:
         model: in evaluation mode; parameters are on the meta device where not filled.
         files: its tensors.
 
     Raises:
-        ValueError: see :func:`read_config` and :class:`TensorFiles`; or tensors that are missing
-            or of another shape than the configuration says.
+        ValueError: see :func:`read_config` and :class:`~slr.model.tensors.TensorFiles`.
     """
 
     def __init__(
@@ -174,7 +81,8 @@ class Stream:
         self.folder, self.device = folder, torch.device(device)
         self.config, self.about = read_config(folder)
         self.files = TensorFiles(folder)
-        self.dtype = dtype or self.files.dtype
+        stored = self.files.dtype
+        self.dtype = dtype or getattr(self.config, "dtype", None) or stored
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype
@@ -187,22 +95,8 @@ class Stream:
                     module._buffers[name] = buffer.to(self.device)
         self.blocks_name = blocks_name(self.model)
         self.blocks = decoder_blocks(self.model)
-        self._check()
-
-    def _check(self) -> None:
-        expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        shapes = self.files.shapes()
-        tied = self._tied()
-        missing = [n for n in expected if n not in shapes and tied.get(n) not in shapes]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{self.folder} lacks the tensor {missing[0]}{more}")
-        for name, shape in expected.items():
-            if name in shapes and shapes[name] != shape:
-                raise ValueError(
-                    f"{self.folder}: tensor {name} has shape {shapes[name]}, "
-                    f"but config.json asks for {shape}"
-                )
+        self.tied = self._tied()
+        self.files.fit(self.model.state_dict(), self.model.base_model_prefix, self.tied)
 
     def _tied(self) -> dict[str, str]:
         """Names that share the tensor of another name."""
@@ -247,12 +141,13 @@ class Stream:
 
     def fill(self, name: str, module: nn.Module) -> None:
         """Read the tensors of a module from the files."""
-        tied = self._tied()
-        wanted = {}
+        wanted: dict[str, str] = {}
         for inner in module.state_dict():
             full = f"{name}.{inner}"
-            wanted[inner] = full if full in self.files.where else tied[full]
-        self.put(module, self.files.read(set(wanted.values())), wanted)
+            stored = full if full in self.files.where else tied_to(full, self.tied, self.files)
+            assert stored is not None, full  # looked at when the stream was made
+            wanted[inner] = stored
+        self.put(module, self.files.read(dict.fromkeys(wanted.values())), wanted)
 
     def put(self, module: nn.Module, tensors: dict[str, Tensor], wanted: dict[str, str]) -> None:
         """Give a module `tensors`, by the names of its own tensors, and check what is packed."""
@@ -260,7 +155,10 @@ class Stream:
             path, _, leaf = inner.rpartition(".")
             owner = module.get_submodule(path)
             value = tensors[full].to(self.device)
-            value = value.to(self.dtype) if value.is_floating_point() else value
+            if value.is_floating_point():
+                value = value.to(self.dtype)
+                if not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"{self.folder}: tensor {full} is not finite")
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:

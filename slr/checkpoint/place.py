@@ -1,0 +1,65 @@
+"""Where a folder is to appear, and whether it can: looked at before any work.
+
+Book: the page on the format.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["PROBE", "become", "check_free", "check_rename", "target"]
+
+PROBE = "probe"
+
+
+def target(out: str | Path) -> Path:
+    """The folder to make, absolute; where a link leads, if `out` is one.
+
+    Raises:
+        ValueError: a link to nothing, or no name of a folder.
+    """
+    path = Path(out).absolute()
+    if path.is_symlink():
+        if not path.exists():
+            raise ValueError(f"{path} is a link to nothing; remove it or give another name")
+        path = path.resolve()
+    if not path.name or path.name == "..":
+        raise ValueError(f"out={str(out)!r} is not the name of a new folder")
+    return path
+
+
+def check_free(out: Path) -> None:
+    """Raise ValueError unless `out` does not exist yet or is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; give the name of a new folder")
+
+
+def become(folder: Path, out: Path) -> None:
+    """Rename a folder to `out`, which is free."""
+    if os.name == "nt" and out.exists():
+        out.rmdir()  # Windows renames onto no folder
+    folder.replace(out)
+
+
+def check_rename(work: Path, out: Path) -> None:
+    """Rename an empty folder of `work` to `out` and undo it, as will be done at the end.
+
+    Raises:
+        ValueError: it cannot be done, as onto a mount point.
+    """
+    if os.path.ismount(out):
+        raise ValueError(f"{out} is a mount point, which no folder can become; give one inside it")
+    there, probe = out.exists(), work / PROBE
+    with suppress(FileNotFoundError):
+        probe.rmdir()  # of a run that was killed
+    try:
+        probe.mkdir()
+        become(probe, out)
+    except OSError as error:
+        with suppress(OSError):
+            probe.rmdir()
+        raise ValueError(f"{out} cannot be made: {error.strerror}") from None
+    if not there:
+        out.rmdir()
