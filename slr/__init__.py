@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from slr.checkpoint.compression import compress
     from slr.checkpoint.exporting import export
     from slr.checkpoint.folder import load, load_tokenizer
+    from slr.checkpoint.integrity import verify
     from slr.checkpoint.sizes import checkpoint_account, model_account
     from slr.evaluate.likelihood import perplexity
     from slr.methods.blockwise import compress_model
@@ -57,6 +58,7 @@ LATER = {
     "model_account": "checkpoint.sizes",
     "observe": "model.calibrate",
     "perplexity": "evaluate.likelihood",
+    "verify": "checkpoint.integrity",
 }
 
 hf.install()
@@ -97,6 +99,7 @@ __all__ = [
     "steps",
     "svd_repair",
     "tiny",
+    "verify",
 ]
 
 

@@ -92,8 +92,8 @@ def check_sums(folder: Path) -> Iterable[Path]:
         raise ValueError(f"{folder / SUMS} cannot be read: {error}") from None
     if sums(listed) != text:
         raise ValueError(f"{folder / SUMS} is damaged: it is not in the form that slr wrote it in")
-    there = {str(f.relative_to(folder).as_posix()): f for f in folder.rglob("*") if f.is_file()}
-    there.pop(SUMS)
+    found = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    there = {name: f for name, f in found.items() if not name.startswith(".") and name != SUMS}
     for name in sorted({*listed, *there}):
         if name not in there:
             raise ValueError(f"folder {folder} lacks {name}, which {SUMS} lists")

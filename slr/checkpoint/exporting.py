@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slr.checkpoint.digests import fingerprint
+from slr.checkpoint.digests import check_sums, fingerprint
 from slr.checkpoint.finish import add_small_files
 from slr.checkpoint.folder import resolve, shard_name
 from slr.checkpoint.journal import Journal
@@ -34,7 +34,7 @@ FORMS = ("peft", "dense")
 
 
 @torch.no_grad()
-def export(model: str | Path, out: str | Path, to: str) -> Path:
+def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False) -> Path:
     """Write a compressed folder in another form.
 
     Args:
@@ -42,6 +42,7 @@ def export(model: str | Path, out: str | Path, to: str) -> Path:
         out: folder to make.  For ``"peft"`` it is the base checkpoint, and ``out/adapter`` the
             adapter.
         to: one of :data:`FORMS`.
+        verify: first compare every byte with the digests of the folder, see :func:`slr.verify`.
 
     Returns:
         `out`.
@@ -58,6 +59,8 @@ def export(model: str | Path, out: str | Path, to: str) -> Path:
     if to not in FORMS:
         raise ValueError(f"to {to!r} is unknown; it must be one of {', '.join(FORMS)}")
     folder = resolve(model)
+    if verify:
+        check_sums(folder)
     stream = Stream(folder)
     if stream.about is None:
         raise ValueError(f"folder {folder} is not compressed, so there is nothing to export")

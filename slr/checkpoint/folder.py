@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from slr import tiny
 from slr.checkpoint.digests import check_sums
 from slr.layer.linear import SLRLinear
+from slr.model.stream import ADAPTER, Stream, knows
 from slr.model.tensors import FLOATS, TensorFiles, read_json
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def load(
 
     folder = resolve(model)
     dtype = dtype or _dtype(folder)
+    if not (folder / ADAPTER).exists() and knows(folder):
+        Stream(folder)  # as compressing and streaming look at it
     if verify:
         check_sums(folder)
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -25,10 +25,19 @@ from slr.model.tensors import TensorFiles, read_json, tied_to
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Stream", "read_config"]
+__all__ = ["ADAPTER", "FAMILIES", "Stream", "knows", "read_config"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "opt")
 ADAPTER = "adapter_config.json"  # PEFT's
+
+
+def _kind(raw: dict) -> str | None:
+    return raw.get("slr", {}).get("dense", raw).get("model_type")
+
+
+def knows(folder: Path) -> bool:
+    """Whether the model of a folder is of one of :data:`FAMILIES`."""
+    return _kind(read_json(folder / "config.json")) in FAMILIES
 
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
@@ -45,7 +54,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
             "weights (PEFT's merge_and_unload), or move it away to take the model without it"
         )
     raw = read_json(folder / "config.json")
-    kind = raw.get("slr", {}).get("dense", raw).get("model_type")
+    kind = _kind(raw)
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; slr knows {', '.join(FAMILIES)}")
     if raw.get("quantization_config") is not None:
