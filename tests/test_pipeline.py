@@ -353,6 +353,25 @@ def test_bad_places_are_named(small, tmp_path, model, out, says):
         slr.compress(model or small, slr.Recipe(**FAST), out=tmp_path / out)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_backup", "LICENSES", "chat_templates"])
+def test_folders_are_not_copied(small, tmp_path, name):
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    (source / name).mkdir()
+    slr.compress(source, slr.Recipe(**FAST), out=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / name).exists()
+
+
+def test_what_cannot_be_copied_is_said_before_any_work(small, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    (source / "LICENSE").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="LICENSE is to be copied, but cannot be read"):
+        slr.compress(source, slr.Recipe(**FAST), out=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_data_free_recipe_needs_no_tokenizer(small, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(small, source)
@@ -396,6 +415,37 @@ def test_exports_compute_the_same(small, tmp_path):
         assert (dense(ids).logits - exact).abs().max() < 0.02 * exact.abs().max()
     kept = base.model.layers[0].mlp.up_proj.weight
     assert float((kept == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("form", ["peft", "dense"])
+def test_an_export_goes_on_where_it_stopped(small, tmp_path, form):
+    slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "calm", form)
+    real, written = Journal.add, []
+
+    def add(self, name, tensors, notes=None):
+        if name.startswith("model-00002") and len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(name)
+        real(self, name, tensors, notes)
+
+    Journal.add = add
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            export(tmp_path / "a", tmp_path / "out", form)
+        written.append("stopped")
+        export(tmp_path / "a", tmp_path / "out", form)
+    finally:
+        Journal.add = real
+    assert written.count("model-00001-of-00003.safetensors") == 1
+    left, right = (
+        {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
+        for d in (tmp_path / "calm", tmp_path / "out")
+    )
+    assert left == right
+    if form == "peft":
+        told = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+        assert told["base_model_name_or_path"] == ".."  # wherever the folder is moved
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ must hold are in its index.  Book: the page on the format.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from slr.model.tensors import INDEX, TensorFiles
@@ -65,7 +64,7 @@ def sums(digests: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
-def check_sums(folder: Path) -> Iterable[Path]:
+def check_sums(folder: Path) -> list[Path]:
     """Compare every file of a compressed folder with its ``SHA256SUMS``.
 
     Returns:
