@@ -95,7 +95,7 @@ def begun(out, key=None):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("name", ["mine.txt", "files/mine.txt", "files/model-1.safetensors"])
+@pytest.mark.parametrize("name", ["mine.txt", "files/model-1.safetensors", "scratch/mine.tmp"])
 def test_what_no_journal_lists_is_never_touched(tmp_path, name, resume):
     mine = tmp_path / "out.partial" / name
     mine.parent.mkdir(parents=True)

@@ -13,13 +13,20 @@ __all__ = ["NO_ROOM", "sync_folder", "write_atomically", "write_text"]
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
-def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    file: Path, write: Callable[[Path], object], scratch: Path | None = None
+) -> None:
     """Let `write` make a temporary file, flush it to disk, and rename it to `file`.
+
+    Args:
+        file: to appear.
+        write: makes it at another path.
+        scratch: folder on the same disk for that path; that of `file` when ``None``.
 
     Raises:
         OSError: no space, or not writable; `file` is then as it was.
     """
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = (scratch or file.parent) / f"{file.name}.tmp"
     try:
         try:
             write(temporary)
@@ -39,9 +46,9 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str, scratch: Path | None = None) -> None:
     """The same of a text."""
-    write_atomically(file, lambda at: at.write_text(text, encoding="utf-8", newline="\n"))
+    write_atomically(file, lambda at: at.write_text(text, encoding="utf-8", newline="\n"), scratch)
 
 
 def sync_folder(folder: Path) -> None:

@@ -126,7 +126,7 @@ def _streamed(
         if work.windows is not None:
             work.stream.fill_outside()
             windows = distributed.mine(work.windows)
-            inputs = first_inputs(work.stream.model, windows, folder=work.journal.work)
+            inputs = first_inputs(work.stream.model, windows, folder=work.journal.scratch)
             work.stream.empty_outside()
         reports = _blocks(work, inputs, progress)
         if distributed.rank() == 0:

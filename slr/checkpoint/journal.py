@@ -1,8 +1,8 @@
 """A folder that comes into being file by file, survives being killed, and appears whole.
 
 Work is done in ``OUT.partial``: the files of the result in its folder ``files``, and beside it
-``journal.json`` and a lock.  Every file is written under a temporary name, flushed to disk and
-renamed, then entered with its SHA-256 in the journal, which is written the same way.  A run that
+``journal.json`` and a lock.  Every file is written in the folder ``scratch``, flushed to disk and
+moved, then entered with its SHA-256 in the journal, which is written the same way.  A run that
 was killed, at any byte, goes on after the last entry; only at the end is ``files`` renamed to
 ``OUT``, and then ``OUT.partial`` goes.  Nothing in the files depends on when or how often a run
 was interrupted.  What a journal does not list is never removed.
@@ -18,6 +18,7 @@ import reprlib
 import shutil
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -27,14 +28,14 @@ from torch import Tensor
 
 from slr.checkpoint.atomic import NO_ROOM, sync_folder, write_atomically, write_text
 from slr.checkpoint.digests import SUMS, sha256, sums
-from slr.checkpoint.place import PROBE, become, check_free, check_rename, target
+from slr.checkpoint.place import become, check_free, check_rename, target
 
 __all__ = ["Journal"]
 
 NAME = "journal.json"
 LOCK = "lock"
 FILES = "files"
-SCRATCH = "*.tmp"  # what a killed run had no time to remove
+SCRATCH = "scratch"
 LAST = "config.json"  # written last
 
 
@@ -50,6 +51,7 @@ class Journal:
     Attributes:
         out: the folder to make; where a link leads, if `out` is one.
         folder: where the files of the result are until then.
+        scratch: a folder for what is of use to this run alone.
         entries: SHA-256, tensor names and notes of each finished tensor file.
         bytes_written, seconds: of tensor files, in this run.
 
@@ -63,7 +65,7 @@ class Journal:
     ) -> None:
         self.out = target(out)
         self.work = self.out.with_name(f"{self.out.name}.partial")
-        self.folder = self.work / FILES
+        self.folder, self.scratch = self.work / FILES, self.work / SCRATCH
         self.key = json.loads(json.dumps(key))
         self.resume, self.memory = resume, memory or {}
         self.entries: dict[str, dict] = {}
@@ -115,6 +117,7 @@ class Journal:
         """Let go of the lock, and of the work folder if nothing is left in it."""
         with suppress(OSError):
             self.folder.rmdir()
+            self.scratch.rmdir()
         if not any(file.name != LOCK for file in self.work.iterdir()):
             # Unlinked while it is held: who waits for it finds that it is no file any more.
             with suppress(OSError):
@@ -126,6 +129,8 @@ class Journal:
     def _open(self) -> None:
         """Take up what is there, under the lock."""
         found = self._found()
+        if found is not None:
+            self._empty_scratch()
         if found is not None and not self.folder.exists() and self.out.exists():
             self._clear()  # the run was killed after its last rename
         check_free(self.out)
@@ -137,6 +142,8 @@ class Journal:
         self.folder.mkdir(exist_ok=True)
         if found is None:
             self._write()
+        self.scratch.mkdir(exist_ok=True)
+        if found is None:
             return
         if found["key"] != self.key:
             raise ValueError(
@@ -148,15 +155,14 @@ class Journal:
             if (self.folder / name).is_file() and sha256(self.folder / name) == entry["sha256"]
         }  # fmt: skip
         for name in set(self.names) - set(self.entries):
-            self._remove(name)
+            (self.folder / name).unlink(missing_ok=True)
 
     def _check_ours(self) -> None:
         """Raise ValueError if anything is there that no run of slr left."""
-        known = {LOCK, NAME, f"{NAME}.tmp", PROBE, FILES}
-        listed = {self.folder / part for name in self.names for part in (name, f"{name}.tmp")}
+        ours = {self.work / name for name in (LOCK, NAME, f"{NAME}.tmp")}
+        ours |= {self.folder / name for name in self.names}
         for file in self.work.rglob("*"):
-            top = file.parent == self.work and (file.name in known or file.match(SCRATCH))
-            if not top and file not in listed and not file.is_dir():
+            if file not in ours and not file.is_dir():
                 raise ValueError(
                     f"{file} is in the way: no run of slr left it, so it is not touched; move it, "
                     "or give another name for the folder to make"
@@ -183,19 +189,21 @@ class Journal:
             ) from None
         return found
 
-    def _remove(self, name: str) -> None:
-        for file in (self.folder / name, self.folder / f"{name}.tmp"):
+    def _empty_scratch(self) -> None:
+        """Remove what a killed run had no time to: our files, and safetensors' own."""
+        for file in (*self.scratch.glob("*.tmp"), *self.scratch.glob(".tmp*")):
             file.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Remove what the journal lists, and the journal."""
         for name in self.names:
-            self._remove(name)
+            (self.folder / name).unlink(missing_ok=True)
             with suppress(OSError):
                 if (above := (self.folder / name).parent) != self.folder:
                     above.rmdir()
-        for file in (self.work / NAME, *self.work.glob(SCRATCH)):
-            file.unlink(missing_ok=True)
+        self._empty_scratch()
+        for name in (NAME, f"{NAME}.tmp"):
+            (self.work / name).unlink(missing_ok=True)
         self.names, self.entries = [], {}
 
     def _write(self) -> None:
@@ -221,7 +229,9 @@ class Journal:
         started = time.perf_counter()
         parts = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         file = self._begin(name)
-        write_atomically(file, lambda at: save_file(parts, at, metadata={"format": "pt"}))
+        write_atomically(
+            file, lambda at: save_file(parts, at, metadata={"format": "pt"}), self.scratch
+        )
         self.entries[name] = {"sha256": sha256(file), "tensors": sorted(parts), "notes": notes}
         self._write()
         self.bytes_written += file.stat().st_size
@@ -231,15 +241,16 @@ class Journal:
         """Take a file out again: one that only the work needed."""
         del self.entries[name]
         self._write()
-        self._remove(name)
+        (self.folder / name).unlink(missing_ok=True)
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small text file; it is not entered, and written again on resuming."""
-        write_text(self._begin(name), text)
+        write_text(self._begin(name), text, self.scratch)
 
     def add_copy(self, source: Path) -> None:
         """Copy a small file, likewise."""
-        write_atomically(self._begin(source.name), lambda at: shutil.copyfile(source, at))
+        copy = partial(shutil.copyfile, source)
+        write_atomically(self._begin(source.name), copy, self.scratch)
 
     def finish(self, config: str) -> Path:
         """Write ``config.json`` and the digests of all files, and give the folder its name."""
