@@ -115,9 +115,9 @@ class Journal:
 
     def _leave(self) -> None:
         """Let go of the lock, and of the work folder if nothing is left in it."""
-        with suppress(OSError):
-            self.folder.rmdir()
-            self.scratch.rmdir()
+        for folder in (self.folder, self.scratch):
+            with suppress(OSError):
+                folder.rmdir()
         if not any(file.name != LOCK for file in self.work.iterdir()):
             # Unlinked while it is held: who waits for it finds that it is no file any more.
             with suppress(OSError):
