@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -342,17 +342,20 @@ def journals(lab: Lab, count: int) -> Iterator[Row]:
 KINDS = {f.__name__: f for f in (kills, pairs, disks, sources, journals)}
 
 
-def measure(folder: Path, count: int, only: list[str]) -> list[Row]:
-    """All rows, printed as they are made."""
-    lab, rows = Lab(folder), []
+def table(rows: Iterable[Row], out: Path | None) -> int:
+    """Print rows as they are made, and write them to a file; 1 if anything was wrong."""
     print(f"{'':<44}{'tried':>10}{'survived':>10}{'refused':>10}{'wrong':>10}")
-    for name in only:
-        for row in KINDS[name](lab, count):
-            rows.append(row)
-            print(row, flush=True)
-            for why in row.wrong[:5]:
-                print(f"    {why}")
-    return rows
+    made = []
+    for row in rows:
+        made.append(row)
+        print(row, flush=True)
+        for why in row.wrong[:9]:
+            print(f"    {why}")
+    if out is not None:
+        about = {"command": "python " + " ".join(sys.argv), **provenance()}
+        told = {row.what: row.counts for row in made}
+        out.write_text(json.dumps({**about, "rows": told}, indent=1) + "\n")
+    return int(any(row.wrong for row in made))
 
 
 def main() -> None:
@@ -364,13 +367,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork has the one thread that called it
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), args.kills, args.only.split(","))
-    if args.out:
-        about = {"command": "python " + " ".join(sys.argv), **provenance()}
-        told = {row.what: row.counts for row in rows}
-        args.out.write_text(json.dumps({**about, "rows": told}, indent=1) + "\n")
-    if any(row.wrong for row in rows):
-        sys.exit(1)
+        lab = Lab(Path(folder))
+        rows = (row for name in args.only.split(",") for row in KINDS[name](lab, args.kills))
+        sys.exit(table(rows, args.out))
 
 
 if __name__ == "__main__":

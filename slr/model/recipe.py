@@ -114,8 +114,14 @@ class Recipe:
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping] | None = None,
     ) -> None:
-        if isinstance(skip, str):
+        if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
             raise TypeError(f"skip is {skip!r}; it must be a list of names")
+        overrides = {} if overrides is None else overrides
+        if not isinstance(overrides, Mapping) or not all(
+            isinstance(name, str) and isinstance(wanted, Mapping)
+            for name, wanted in overrides.items()
+        ):
+            raise TypeError(f"overrides is {overrides!r}; it must map names to options")
         if prepare not in PREPARATIONS:
             raise ValueError(
                 f"prepare {prepare!r} is unknown; it must be one of {', '.join(PREPARATIONS)}"
@@ -129,7 +135,7 @@ class Recipe:
             pattern=parse(pattern, group),
             refine=step_of("refine", refine, REPAIRS, options),
             prepare=prepare, seed=seed, skip=tuple(skip),
-            overrides={name: _plain(wanted) for name, wanted in (overrides or {}).items()},
+            overrides={name: _plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
         self.variants()  # all overrides are looked at
         if samples is not None:
