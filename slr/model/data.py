@@ -155,7 +155,7 @@ def hub_dataset(*args, **options):
     except ImportError:
         raise RuntimeError("this text needs `datasets`: pip install 'slr[eval]'") from None
     try:
-        return load_dataset(*args, **options)
+        return load_dataset(*args, **options, trust_remote_code=False)
     except Exception as error:  # whatever the network, the hub or the cache may say
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(

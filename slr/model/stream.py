@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from slr.layer.linear import SLRLinear
 from slr.model import hf
 from slr.model.blocks import Inputs, blocks_name, decoder_blocks, walk
+from slr.model.edges import check_config, check_dtypes, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,6 +58,7 @@ class TensorFiles:
                 raise ValueError(f"{folder} has no {file.name}, which its index names")
             with _opened(file) as handle:
                 there = set(handle.keys())
+                check_dtypes(file, handle)
             for name in there if names is None else names:
                 if name not in there:
                     raise ValueError(f"{file} lacks the tensor {name}, which the index puts there")
@@ -121,11 +123,14 @@ def _opened(file: Path):
 
 
 def read_json(file: Path) -> dict:
-    """A JSON file.  Raises ValueError if it is none."""
+    """A JSON file that holds a mapping.  Raises ValueError if it is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no mapping; it must be one, from names to values")
+    return found
 
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
@@ -136,14 +141,17 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
     """
     from transformers import AutoConfig
 
-    raw = read_json(folder / "config.json")
+    file = folder / "config.json"
+    raw = check_config(read_json(file), file)
     kind = raw.get("slr", {}).get("dense", raw).get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; slr knows {', '.join(FAMILIES)}")
     if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+        told = raw["quantization_config"]
+        method = told.get("quant_method", told) if isinstance(told, dict) else told
         raise ValueError(f"{folder} is quantised ({method}); slr compresses 16 or 32-bit weights")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with reading(str(file)):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     about = getattr(config, "quantization_config", None)
     return config, about
 
@@ -175,9 +183,9 @@ class Stream:
         self.config, self.about = read_config(folder)
         self.files = TensorFiles(folder)
         self.dtype = dtype or self.files.dtype
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), reading(str(folder / "config.json")):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype
+                self.config, dtype=self.dtype, trust_remote_code=False
             ).eval()
         if self.about is not None:
             hf.place(self.model, self.about["layers"], self.dtype)
