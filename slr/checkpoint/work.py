@@ -18,6 +18,7 @@ from slr.checkpoint.finish import complete
 from slr.checkpoint.folder import context, fingerprint, load_tokenizer, resolve
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.sizes import check_space
+from slr.checkpoint.source import origin
 from slr.methods.blockwise import plan_layers
 from slr.methods.system import System
 from slr.model import data, distributed, hf
@@ -42,6 +43,7 @@ class Work:
         method: what to do; a recipe has a definite rank.
         plan: recipe of each layer of each block; empty for a system.
         journal: of the folder that is made; open.
+        origin: what to record of the source, to know it again.
     """
 
     name: str
@@ -51,11 +53,12 @@ class Work:
     method: Recipe | System
     plan: list[dict[str, Recipe]]
     journal: Journal
+    origin: dict
 
     def finish(self, reports: list[LayerReport]) -> None:
         """Write what is left to write, and let the folder appear."""
         told = hf.notes(self.name, self.method.as_dict(), self.calibration, reports)
-        complete(self.stream, self.journal, told)
+        complete(self.stream, self.journal, {**told, "origin": self.origin})
 
 
 @contextmanager
@@ -95,14 +98,18 @@ def begin(
     elif distributed.world() > 1:
         raise ValueError(f"{method.name} works in one process, not in {distributed.world()}")
     windows, text = calibration_windows(source, method, calibration)
+    if windows is not None:
+        data.check_windows(windows, stream.config)
+    digests = fingerprint(source)
     key = {
-        "source": {"name": str(model), **fingerprint(source)},
+        "source": {"name": str(model), **digests},
         "recipe": method.as_dict(),
         "calibration": text,
     }
     check_space(stream, layers, out)
     with distributed.first(Journal(out, key, resume)) as journal:
-        yield Work(str(model), stream, windows, text, method, layers, journal)
+        made = origin(source, digests)
+        yield Work(str(model), stream, windows, text, method, layers, journal, made)
 
 
 def calibration_windows(

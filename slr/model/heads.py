@@ -72,7 +72,10 @@ def logits(model: PreTrainedModel, ids: Tensor, outputs: Tensor | None = None) -
         found = decoder(input_ids=ids, use_cache=False)
     kind, states = type(found), found.last_hidden_state[:, :-1].flatten(0, 1)
     for part in states.split(size):
-        given = kind(last_hidden_state=part[None])
-        with instead([decoder], lambda i, given=given: lambda *args, **kwargs: given):
+        with instead([decoder], _giving(kind(last_hidden_state=part[None]))):
             made = model(input_ids=ids[:1, :1], use_cache=False).logits[0]
         yield made  # the decoder is itself again: whoever reads may run it
+
+
+def _giving(value: Any) -> Callable[[int], Callable]:
+    return lambda i: lambda *args, **kwargs: value
