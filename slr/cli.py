@@ -6,14 +6,12 @@ and exit code 1.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,57 +20,33 @@ import slr.options as opt
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
+from slr.console import Commands, as_json, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
 from slr.model import data, distributed
 from slr.model.recipe import Recipe
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Sparse + low-rank language models: compress, evaluate, inspect, export.",
 )
 
 
-def _fail(message: object, code: int) -> NoReturn:
-    print("slr: " + " ".join(str(message).split()), file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _one_line_errors(command: Callable) -> Callable:
-    @wraps(command)
-    def guarded(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            _fail(error, 2)
-        except (OSError, RuntimeError, ImportError) as error:
-            _fail(error, 1)
-        except KeyboardInterrupt:
-            _fail("stopped", 130)
-
-    return guarded
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-@app.callback()
-def _root() -> None:
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @app.command()
-@_one_line_errors
 def compress(
     model: opt.Model,
     out: opt.Out,
@@ -109,7 +83,7 @@ def compress(
     )  # fmt: skip
     recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config)
     where, source = _device(device), resolve(model)
-    _say(f"{model} -> {out}: {_told(recipe)}, on {where}")
+    say(f"{model} -> {out}: {_told(recipe)}, on {where}")
     started, stages = time.perf_counter(), dict[str, float]()
     layers = slr.compress(
         model, recipe, out=out, calibration=calibration, device=where, progress=True,
@@ -136,7 +110,7 @@ def _report(layers: list, times: dict, sizes: dict, json_output: bool) -> None:
     kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
     mean = {key: kinds[key] for key in ("pruned_error", "error")}
     if json_output:
-        print(json.dumps({"layers": len(layers), **times, **mean, **sizes, **provenance()}))
+        print(as_json({"layers": len(layers), **times, **mean, **sizes, **provenance()}))
         return
     rows = [
         ("layers", str(len(layers))),
@@ -146,7 +120,7 @@ def _report(layers: list, times: dict, sizes: dict, json_output: bool) -> None:
     if kinds["output_error"] is not None:
         rows.append(("mean output error, result", f"{kinds['output_error']:.4f}"))
     rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
-    print(_table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
+    print(table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
 
 
 def _device(device: str) -> str:
@@ -160,13 +134,13 @@ def _device(device: str) -> str:
 
 
 @app.command("eval")
-@_one_line_errors
 def evaluate(
     model: opt.Model,
     text: opt.Text = None,
     seqlen: opt.Seqlen = None,
     limit: opt.Limit = None,
     compare: opt.Compare = None,
+    source: opt.Source = None,
     stream: opt.Streamed = None,
     tasks: opt.Tasks = None,
     task_folder: opt.TaskFolder = None,
@@ -175,81 +149,72 @@ def evaluate(
     json_output: opt.Json = False,
 ) -> None:
     """Perplexity of a model, of a compressed one beside its source's; or its scores on tasks."""
-    import torch
-
     from slr.evaluate import comparison
 
-    if dtype not in opt.DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(opt.DTYPES)}")
-    folder, where = resolve(model), _device(device)
+    kind, where = opt.dtype_of(dtype), _device(device)
     if tasks is not None:
-        opt.refuse(
-            opt.given(text=text, seqlen=seqlen, compare=compare, stream=stream), "with --tasks"
-        )
-        _tasks(model, folder, tasks.split(","), limit, task_folder, where, dtype, json_output)
+        unused = opt.given(text=text, compare=compare, source=source, stream=stream)
+        opt.refuse(unused, "with --tasks")
+        _tasks(model, tasks, limit, task_folder, seqlen, where, kind, json_output)
         return
     opt.refuse(opt.given(task_folder=task_folder), "without --tasks")
-    text = text or "embedded"
+    if compare is False:
+        opt.refuse(opt.given(source=source), "with --no-compare")
+    folder, text = resolve(model), text or "embedded"
     seqlen = context(folder) if seqlen is None else seqlen
     windows = data.windows(data.load_text(text), load_tokenizer(folder), seqlen, limit)
-    _say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
-    values = comparison.compare(
-        folder, windows, source=compare is not False, stream=bool(stream), device=where,
-        dtype=getattr(torch, dtype), progress=True,
+    say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
+    values, why = comparison.comparison_of(
+        folder, windows, source=source or compare, stream=bool(stream), device=where, dtype=kind,
+        progress=True,
     )  # fmt: skip
-    notes = about(folder)
-    if notes is not None and compare is not False and "dense" not in values:
-        _say(f"(its source {notes['source']!r} is not here, so there is nothing to compare)")
+    if why and compare is not False:
+        say(f"(without its source: {why})")
     if json_output:
         told = {"model": model, "text": text, "windows": windows.shape[0], "seqlen": seqlen}
-        print(json.dumps({**told, "dtype": dtype, "perplexity": values, **provenance()}))
-        return
-    print(_table([(key, f"{value:.3f}") for key, value in values.items()]))
+        print(as_json({**told, "dtype": dtype, "perplexity": values, **provenance()}))
+    else:
+        print(table([(key, f"{value:.3f}") for key, value in values.items()]))
+    if not math.isfinite(list(values.values())[-1]):
+        raise RuntimeError(f"{model} has no finite perplexity on {text}")
 
 
 def _tasks(
-    model: str, folder: Path, names: list[str], limit: int | None, task_folder: Path | None,
-    device: str, dtype: str, json_output: bool,
+    model: str, names: str, limit: int | None, task_folder: Path | None, seqlen: int | None,
+    device: str, dtype: torch.dtype, json_output: bool,
 ) -> None:  # fmt: skip
-    import torch
+    from torch import nn
 
-    from slr.evaluate.harness import tasks
+    from slr.evaluate import harness
 
-    _say(f"{model}: lm-eval tasks {', '.join(names)}")
-    loaded = slr.load(folder, dtype=getattr(torch, dtype))
-    torch.nn.Module.to(loaded, device)  # transformers' own refuses what it takes for quantised
-    found = tasks(
-        loaded, load_tokenizer(folder), names, limit=limit, folder=task_folder,
-        seqlen=context(folder),
-    )  # fmt: skip
+    say(f"{model}: lm-eval tasks {names}")
+    loaded = slr.load(model, dtype=dtype)
+    nn.Module.to(loaded, device)  # transformers' own refuses what it takes for quantised
+    each = [name.strip() for name in names.split(",")]
+    found = harness.tasks(
+        loaded, load_tokenizer(model), each, limit=limit, folder=task_folder, seqlen=seqlen
+    )
     if json_output:
-        print(json.dumps({"model": model, "tasks": found, **provenance()}, default=str))
+        print(as_json({"model": model, "tasks": found, **provenance()}))
         return
-    rows = [
-        (f"{task} {metric.removesuffix(',none')}", f"{value:.4f}")
-        for task, scores in found.items()
-        for metric, value in scores.items()
-        if isinstance(value, float)
-    ]
-    print(_table(rows))
+    print(table(harness.rows(found)))
 
 
 @app.command()
-@_one_line_errors
 def info(model: opt.Folder, json_output: opt.Json = False) -> None:
     """What is in a checkpoint: recipe, sizes, errors by kind of layer."""
     folder = resolve(model)
     notes, size = about(folder), megabytes(folder)
     if notes is None:
         if json_output:
-            print(json.dumps({"model": model, "compressed": False, "MB": size}))
+            print(as_json({"model": model, "compressed": False, "MB": size}))
         else:
-            print(_table([("model", f"{model} (dense)"), ("weights", f"{size:.1f} MB")]))
+            print(table([("model", f"{model} (dense)"), ("weights", f"{size:.1f} MB")]))
         return
     found = Summary.of(notes["layers"])
     if json_output:
         sizes = {"MB": size, "parameters_before": found.dense, "parameters": found.kept}
-        print(json.dumps({"model": model, "compressed": True, **sizes, **notes}))
+        print(as_json({"model": model, "compressed": True, **sizes, **notes}))
         return
     recipe = {k: v for k, v in notes["recipe"].items() if v not in (None, [], {}, False)}
     share = f"({found.kept / found.dense:.3f})"
@@ -259,7 +224,7 @@ def info(model: opt.Folder, json_output: opt.Json = False) -> None:
         ("weights", f"{size:.1f} MB"),
         ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
     ]
-    print(_table(rows) + "\n")
+    print(table(rows) + "\n")
     print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")
     for kind, row in found.kinds.items():
         low, high = row["ranks"][0], row["ranks"][-1]
@@ -272,21 +237,19 @@ def info(model: opt.Folder, json_output: opt.Json = False) -> None:
 
 
 @app.command("export")
-@_one_line_errors
 def export_(
     model: opt.Folder, to: Annotated[str, typer.Option(help=" | ".join(FORMS))], out: opt.Out
 ) -> None:
     """Write a compressed model for other programs: base + LoRA adapter, or dense."""
-    _say(f"{model} -> {out}: {to}")
+    say(f"{model} -> {out}: {to}")
     slr.export(model, out, to)
     rows = [("weights", f"{megabytes(out):.1f} MB")]
     if to == "peft":
         rows.append(("adapter", f"{megabytes(out / 'adapter'):.1f} MB in {out / 'adapter'}"))
-    print(_table(rows))
+    print(table(rows))
 
 
 @app.command("reproduce")
-@_one_line_errors
 def reproduce_(
     table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
     rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
@@ -306,20 +269,19 @@ def reproduce_(
     name = spec.name if model is None else model.strip("/").replace("/", "-")
     out = out or Path("results") / "measured" / name
     where, wanted = _device(device), columns.split(",") if columns else []
-    _say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
+    say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
     measured = reproduction.reproduce(
         spec, out, model=model, rows=rows.split(","), columns=wanted, device=where, fresh=fresh,
         progress=True,
     )  # fmt: skip
     known = reproduction.published(spec) if model is None else {}
     if json_output:
-        print(json.dumps({"table": spec.name, "measured": measured, "published": known}))
+        print(as_json({"table": spec.name, "measured": measured, "published": known}))
         return
     print(reproduction.as_text(measured, known, wanted or spec.columns))
 
 
 @app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@_one_line_errors
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="refine | linear | decode | pipeline | …")],

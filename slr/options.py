@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 
@@ -21,6 +22,7 @@ __all__ = [
     "DTYPES",
     "MODEL",
     "SYSTEMS",
+    "dtype_of",
     "given",
     "parse_override",
     "read_config",
@@ -86,14 +88,25 @@ Seed = Annotated[int | None, Option(help="of random masks and starts (default: 0
 Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file (default: embedded)")]
 Limit = Annotated[int | None, Option(help="at most this many windows, or examples of a task")]
 Compare = Annotated[
-    bool | None, Option(help="also the dense source and its pruned, unrepaired form (default: yes)")
+    bool | None,
+    Option(
+        help="also the dense source and its pruned, unrepaired form (default: if the folder was "
+        "made here and its source is as it was)"
+    ),
+]
+Source = Annotated[
+    str | None, Option(help="where the dense source is now: a folder, or OWNER/NAME on the hub")
 ]
 Streamed = Annotated[
     bool | None, Option("--stream", help="one block at a time, for models larger than memory")
 ]
 Tasks = Annotated[str | None, Option(help="lm-eval tasks a,b instead of perplexity")]
 TaskFolder = Annotated[
-    Path | None, Option(help="with --tasks: folder of task YAML files, instead of lm-eval's own")
+    Path | None,
+    Option(
+        help="with --tasks: folder of task YAML files, instead of lm-eval's own; a task can run "
+        "Python code, so read those of others first"
+    ),
 ]
 Dtype = Annotated[str, Option(help=" | ".join(DTYPES))]
 
@@ -107,6 +120,17 @@ def refuse(options: dict, why: str) -> None:
     """Raise if an option was given that has no effect."""
     for name in options:
         raise ValueError(f"option --{name.replace('_', '-')} has no effect {why}; leave it out")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ValueError: none of :data:`DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; it must be one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def recipe_of(

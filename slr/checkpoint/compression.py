@@ -23,6 +23,7 @@ from slr.methods.system import System
 from slr.model import distributed, hf
 from slr.model.block import LayerReport, compress_block
 from slr.model.calibrate import BlockInputs, first_inputs
+from slr.model.data import check_windows
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
@@ -111,6 +112,8 @@ def _loaded(
     named = Path(getattr(model, "name_or_path", None) or "?")  # where transformers read it
     folder = named if named.is_dir() else None
     windows, _ = calibration_windows(folder, recipe, calibration)
+    if windows is not None:
+        check_windows(windows, model.config)
     if isinstance(recipe, Recipe):
         return compress_model(model, recipe, windows, progress=progress)
     assert windows is not None

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from slr import tiny
 from slr.checkpoint.digests import check_sums
 from slr.layer.linear import SLRLinear
+from slr.model.edges import check_config, reading
 from slr.model.stream import ADAPTER, Stream, knows
 from slr.model.tensors import FLOATS, TensorFiles, read_json
 
@@ -97,13 +97,20 @@ def small_files(folder: Path) -> list[Path]:
 
 
 def read_raw(folder: Path) -> dict:
-    """``config.json`` as it is."""
-    return read_json(folder / "config.json")
+    """``config.json`` as it is, checked by :func:`slr.model.edges.check_config`."""
+    file = folder / "config.json"
+    return check_config(read_json(file), file)
 
 
 def context(folder: Path, most: int = 2048) -> int:
     """Tokens in an evaluation window by default: the longest context, 2048 at most."""
-    return min(most, int(read_raw(folder).get("max_position_embeddings", most)))
+    found = read_raw(folder).get("max_position_embeddings", most)
+    if not isinstance(found, int) or found < 2:
+        raise ValueError(
+            f"{folder / 'config.json'}: 'max_position_embeddings' is {found!r}; it must be a "
+            "number of tokens"
+        )
+    return min(most, found)
 
 
 def about(folder: Path) -> dict | None:
@@ -127,7 +134,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         not (folder / "vocab.json").is_file()
     ):
         raise ValueError(f"folder {folder} has no tokenizer (tokenizer.json)")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading(f"the tokenizer of {folder}"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load(
@@ -167,12 +175,11 @@ def load(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except SafetensorError as error:
-        raise ValueError(f"folder {folder} has a damaged safetensors file: {error}") from None
+        with reading(f"folder {folder}"):
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+                output_loading_info=True, trust_remote_code=False,
+            )  # fmt: skip
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -18,7 +18,7 @@ from slr.matrix.accounting import Account, matrix_account
 from slr.matrix.patterns import Pattern
 from slr.model.blocks import decoder_blocks
 from slr.model.recipe import Recipe
-from slr.model.stream import Stream
+from slr.model.stream import Stream, read_config
 from slr.model.tensors import TensorFiles
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def model_account(
     >>> round(model_account(LlamaConfig()).parameters)  # the defaults are LLaMA-7B
     6738415616
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if isinstance(config, str | Path):
-        config = AutoConfig.from_pretrained(resolve(config), local_files_only=True)
+        config = read_config(resolve(config))[0]
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     inside = {
         id(layer.weight)
         for block in decoder_blocks(skeleton)

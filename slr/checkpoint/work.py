@@ -19,6 +19,7 @@ from slr.checkpoint.finish import complete
 from slr.checkpoint.folder import context, load_tokenizer, resolve, small_files
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.sizes import bytes_after, check_space
+from slr.checkpoint.source import origin
 from slr.methods.blockwise import plan_layers
 from slr.methods.system import System
 from slr.model import data, distributed, hf
@@ -43,6 +44,7 @@ class Work:
         method: what to do; a recipe has a definite rank.
         plan: recipe of each layer of each block; empty for a system.
         journal: of the folder that is made; open.
+        origin: what to record of the source, to know it again.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Work:
     method: Recipe | System
     plan: list[dict[str, Recipe]]
     journal: Journal
+    origin: dict
 
     def finish(self, reports: list[LayerReport]) -> None:
         """Write what is left to write, and let the folder appear.
@@ -65,7 +68,7 @@ class Work:
                 "be half of one model and half of another; start over with resume=False (--fresh)"
             )
         told = hf.notes(self.name, self.method.as_dict(), self.calibration, reports)
-        complete(self.stream, self.journal, told)
+        complete(self.stream, self.journal, {**told, "origin": self.origin})
 
 
 @contextmanager
@@ -105,10 +108,13 @@ def begin(
     elif distributed.world() > 1:
         raise ValueError(f"{method.name} works in one process, not in {distributed.world()}")
     windows, text = calibration_windows(source, method, calibration)
+    if windows is not None:
+        data.check_windows(windows, stream.config)
     small_files(source)
     check_space(bytes_after(stream, layers), out)
     with distributed.first(_keyed(out, source, method, text, resume)) as journal:
-        yield Work(str(model), stream, windows, text, method, layers, journal)
+        made = origin(source, journal.memory["source"]["sha256"])
+        yield Work(str(model), stream, windows, text, method, layers, journal, made)
 
 
 def _keyed(

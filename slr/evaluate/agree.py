@@ -7,14 +7,16 @@ Book: chapter 11.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slr.evaluate.likelihood import TOKENS_AT_ONCE
-from slr.model.data import check_vocabulary
+from slr.model.data import check_windows
+from slr.model.heads import logits, tokens_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,31 +59,46 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tenso
     >>> print(same.kl, same.same_choice)
     tensor([0., 0.], dtype=torch.float64) tensor([1., 1.], dtype=torch.float64)
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"windows have shape {tuple(windows.shape)}; they must be (count, seqlen)")
     sizes = [m.config.get_text_config().vocab_size for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens; not comparable")
-    check_vocabulary(windows, model.config)
+    for each in (model, reference):
+        check_windows(windows, each.config)
     parts = []
-    for ids in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
-        log_q, log_p = (_log_probabilities(m, ids).to(model.device) for m in (model, reference))
-        target = ids[:, 1:, None].to(log_q.device)
-        values = (
-            (log_p.exp() * (log_p - log_q)).sum(-1),
-            log_p.argmax(-1) == log_q.argmax(-1),
-            -log_q.gather(-1, target)[..., 0],
-            -log_p.gather(-1, target)[..., 0],
-        )
-        parts.append(torch.stack([value.double().mean(1) for value in values]).cpu())
+    with _evaluating(model, reference):
+        for ids in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+            values = torch.cat(list(_compared(model, reference, ids)), 1)
+            parts.append(values.view(4, len(ids), -1).mean(2).cpu())
     return Agreement(*torch.cat(parts, 1))
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    was_training = model.training
-    logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
-    model.train(was_training)
-    return logits.float().log_softmax(-1)
+def _compared(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """The four values of each prediction, (4, tokens) float64, a few tokens at a time."""
+    each = [logits(m, ids.to(m.device)) for m in (model, reference)]
+    targets = ids[:, 1:].flatten().split(tokens_at_once(model))
+    for *pair, target in zip(*each, targets, strict=True):
+        log_q, log_p = (part.to(model.device).float().log_softmax(-1) for part in pair)
+        at = target[:, None].to(log_q.device)
+        values = (
+            (log_p.exp() * (log_p - log_q)).sum(-1),
+            log_p.argmax(-1) == log_q.argmax(-1),
+            -log_q.gather(-1, at)[:, 0],
+            -log_p.gather(-1, at)[:, 0],
+        )
+        yield torch.stack([value.double() for value in values])
+
+
+@contextmanager
+def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """While open, the models are in evaluation mode."""
+    before = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
 
 
 def bootstrap(

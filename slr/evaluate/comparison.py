@@ -5,14 +5,14 @@ Book: chapter 9.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from slr.checkpoint.folder import about, load, resolve
+from slr.checkpoint.source import downloaded, source_of
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import perplexity
 from slr.layer.linear import SLRLinear
@@ -22,7 +22,7 @@ from slr.model.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compare", "prune_again"]
+__all__ = ["Comparison", "compare", "comparison_of", "prune_again"]
 
 # What a result is called; else refined.
 REPAIRED = {
@@ -67,30 +67,56 @@ def prune_again(dense: PreTrainedModel, compressed: nn.Module, notes: dict, sour
     return True
 
 
-def compare(
-    folder: str | Path,
-    windows: Tensor,
-    *,
-    source: bool = True,
-    stream: bool = False,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-) -> dict[str, float]:
+class Comparison(NamedTuple):
+    """Perplexities by name, the folder's own last; `why` there is no source among them, if so."""
+
+    values: dict[str, float]
+    why: str = ""
+
+
+def compare(folder: str | Path, windows: Tensor, **options: Any) -> dict[str, float]:
     """Perplexity of a compressed folder beside its source, dense, and pruned but not repaired.
 
     Args:
         folder: of a compressed model; of a dense one, its perplexity alone is given.
         windows: token windows (count, seqlen).
-        source: whether to look for the source at all.
+        options: as for :func:`comparison_of`.
+
+    Returns:
+        By name: ``"dense"`` and ``"pruned"``, if the source (and, where pruning has to be done
+        again, its calibration text) is there, and the repair's.
+
+    Raises:
+        ValueError: as :func:`comparison_of`.
+    """
+    return comparison_of(folder, windows, **options).values
+
+
+def comparison_of(
+    folder: str | Path,
+    windows: Tensor,
+    *,
+    source: bool | str | Path | None = None,
+    stream: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Comparison:
+    """:func:`compare`, and why there is no source in it.
+
+    Args:
+        folder: of a compressed model, or a dense one.
+        windows: token windows (count, seqlen).
+        source: where it is, or whether to look for the recorded one; see
+            :func:`slr.checkpoint.source.source_of`.
         stream: one decoder block at a time; then without the pruned model.
         device: where to compute.
         dtype: to compute in.
         progress: show bars on standard error.
 
-    Returns:
-        By name: ``"dense"`` and ``"pruned"``, if the source (and, where pruning has to be done
-        again, its calibration text) is there, and the repair's.
+    Raises:
+        ValueError: windows that the model cannot read, or a source that is not what the folder
+            was made from, or of no use.
     """
     folder = resolve(folder)
     notes = about(folder)
@@ -101,21 +127,30 @@ def compare(
     def measured(model: Any, label: str, **more: Any) -> float:
         return perplexity(model, windows, progress=label if progress else None, **more)
 
-    origin = None
-    if notes is not None and source:
-        with suppress(ValueError):
-            origin = resolve(notes["source"], download=False)
+    origin, why = None, ""
+    if notes is not None:
+        origin, why = source_of(folder, notes, source)
+    elif source is not None and not isinstance(source, bool):
+        raise ValueError(f"source={str(source)!r} has no effect: {folder} is not compressed")
+    if origin is not None and about(origin) is not None:
+        raise ValueError(f"source {origin} is compressed itself; give the dense model")
     if stream:
         if origin is not None:
             values["dense"] = measured(origin, "dense", stream=True, **options)
-        return {**values, name: measured(folder, name, stream=True, **options)}
+        return Comparison({**values, name: measured(folder, name, stream=True, **options)}, why)
     loaded: nn.Module = load(folder, dtype=dtype)
     if notes is not None and origin is not None:
         values["dense"] = measured(origin, "dense", **options)
         if notes["recipe"]["refine"] != "none" and "prune" in notes["recipe"]:
             pruned = load(origin)
-            if prune_again(pruned, loaded, notes, origin):
+            if _may_read(folder, notes) and prune_again(pruned, loaded, notes, origin):
                 values["pruned"] = measured(nn.Module.to(pruned, device, dtype), "pruned")
             del pruned
     nn.Module.to(loaded, device)
-    return {**values, name: measured(loaded, name)}
+    return Comparison({**values, name: measured(loaded, name)}, why)
+
+
+def _may_read(folder: Path, notes: dict) -> bool:
+    """Whether the calibration text is none of a downloaded configuration's choice."""
+    named = notes["calibration"] is None or notes["calibration"].get("text") == "embedded"
+    return named or not downloaded(folder)

@@ -6,12 +6,18 @@ Book: chapter 11.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from slr.matrix.checks import check_count, check_seqlen
+from slr.model.data import check_positions
+from slr.model.edges import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["tasks"]
+__all__ = ["rows", "tasks"]
 
 
 def tasks(
@@ -32,15 +38,18 @@ def tasks(
         names: of tasks.
         limit: at most this many examples of each.
         batch_size: examples at once.
-        seqlen: longest input in tokens; the model's own when ``None``.
-        folder: of task YAML files to take the tasks from, instead of the harness's own.
+        seqlen: longest input in tokens, the end of a longer one is read; all positions of the
+            model when ``None``.
+        folder: of task YAML files to take the tasks from, instead of the harness's own.  A task
+            can name Python code to run: read those of others first.
 
     Returns:
         ``{task: {metric: value}}``, standard errors included.
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: an unknown task.
+        ValueError: an unknown task, one that is malformed or whose data are, more tokens than the
+            model has positions, or a `limit` below 1.
 
     Source: Gao et al., lm-evaluation-harness.
     """
@@ -48,15 +57,59 @@ def tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    if limit is not None:
+        check_count("limit", limit)
+    if seqlen is not None:
+        check_seqlen(seqlen)
+        check_positions(seqlen, model.config)
     if folder is None:
         manager = TaskManager()
     else:
+        if not Path(folder).is_dir():
+            raise ValueError(f"task folder {str(folder)!r} is no folder")
         manager = TaskManager(include_path=str(folder), include_defaults=False)
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(f"task {unknown[0]!r} is unknown to lm-eval")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen)
-    found = lm_eval.simple_evaluate(
-        model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
-    )
+    for name in names:
+        if not manager.match_tasks([name]):
+            if folder is not None:
+                _check_files(Path(folder))
+            raise ValueError(f"task {name!r} is unknown to lm-eval{_instead(manager, folder)}")
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen,
+        trust_remote_code=False,
+    )  # fmt: skip
+    with reading(f"task {', '.join(names)}"):
+        found = lm_eval.simple_evaluate(
+            model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
+        )
     return {task: dict(scores) for task, scores in found["results"].items()}
+
+
+def rows(found: dict) -> list[tuple[str, str]]:
+    """What :func:`tasks` found as a table: task and metric, and value.
+
+    >>> rows({"w": {"alias": "w", "acc,none": 0.5}})
+    [('w acc', '0.5000')]
+    """
+    return [
+        (f"{task} {metric.removesuffix(',none')}", f"{value:.4f}")
+        for task, scores in found.items()
+        for metric, value in scores.items()
+        if isinstance(value, float)
+    ]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError for a file that the harness passes over, for it is no YAML of a task."""
+    for file in sorted(folder.glob("**/*.yaml")):
+        try:
+            found = yaml.compose(file.read_text(encoding="utf-8"))  # runs no code
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not YAML: {error}") from None
+        if not isinstance(found, yaml.MappingNode):
+            raise ValueError(f"{file} holds no task; it must be a mapping")
+
+
+def _instead(manager: Any, folder: str | Path | None) -> str:
+    if folder is None:
+        return ""
+    return f"; {folder} has {', '.join(sorted(manager.all_tasks)) or 'none'}"

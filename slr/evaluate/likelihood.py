@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from tqdm import tqdm
 
 from slr.checkpoint.folder import context, load, load_tokenizer, resolve
 from slr.matrix.checks import check_count
-from slr.model.calibrate import BlockInputs, first_inputs, logits
-from slr.model.data import check_vocabulary, windows
+from slr.model.calibrate import BlockInputs, first_inputs
+from slr.model.data import check_windows, windows
+from slr.model.heads import logits, tokens_at_once
 from slr.model.stream import Stream
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TOKENS_AT_ONCE", "perplexity", "streamed_perplexity"]
 
-TOKENS_AT_ONCE = 2048  # bounds the logits, tokens × vocabulary in float32
+TOKENS_AT_ONCE = 2048  # in a forward pass; the logits are taken of fewer, see slr.model.heads
 
 
 def perplexity(
@@ -61,10 +63,12 @@ def perplexity(
         dtype: to compute in, for a folder; float32 when ``None``.
 
     Returns:
-        exp(mean negative log-likelihood), the loss in float32 and the sum in float64.
+        exp(mean negative log-likelihood), the loss in float32 and the sum in float64; where that
+        is NaN or beyond a float, NaN or infinity and a warning.
 
     Raises:
-        ValueError: the text is shorter than one window, or a token is not in the vocabulary.
+        ValueError: the text is shorter than one window, or windows that the model cannot read
+            (:func:`slr.model.data.check_windows`).
         TypeError: a text was given with a model that has no tokenizer, or `stream` with a model
             that is no folder.
 
@@ -82,8 +86,6 @@ def perplexity(
     device, dtype = device or "cpu", dtype or torch.float32
     if not isinstance(text, Tensor):
         raise TypeError("text is a str, but only a folder has a tokenizer; use slr.data.windows")
-    if text.ndim != 2 or text.shape[1] < 2:
-        raise ValueError(f"windows have shape {tuple(text.shape)}; they must be (count, seqlen)")
     if seqlen is not None:
         raise ValueError(f"seqlen={seqlen} has no effect on token windows; leave it out")
     if limit is not None:
@@ -101,28 +103,41 @@ def perplexity(
 
 
 def _exponential(total: float, windows: Tensor) -> float:
-    """Perplexity from the summed loss of all predictions."""
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    """Perplexity from the summed loss of all predictions; NaN and infinity bring a warning."""
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    try:
+        value = math.exp(mean)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        warnings.warn(
+            f"the perplexity is {value}: the mean loss is {mean:.4g} nats; the weights may be "
+            "broken, or too large for the dtype",
+            stacklevel=2,
+        )
+    return value
 
 
-def _loss(logits: Tensor, ids: Tensor) -> float:
+def _loss(model: PreTrainedModel, ids: Tensor, outputs: Tensor | None = None) -> float:
     """Summed negative log-likelihood of all tokens but the first of each window."""
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-    )
-    return float(loss.double())
+    targets = ids[:, 1:].flatten().split(tokens_at_once(model))
+    total = torch.zeros((), dtype=torch.float64)
+    for part, target in zip(logits(model, ids, outputs), targets, strict=True):
+        loss = nn.functional.cross_entropy(part.float(), target, reduction="none")
+        total += loss.sum(dtype=torch.float64).cpu()
+    return float(total)
 
 
 @torch.inference_mode()
 def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
-    check_vocabulary(text, model.config)
+    check_windows(text, model.config)
     was_training = model.training
     model.eval()
     total = 0.0
     rows = max(1, TOKENS_AT_ONCE // text.shape[1])
     for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
         ids = ids.to(model.device)
-        total += _loss(model(input_ids=ids, use_cache=False).logits, ids)
+        total += _loss(model, ids)
     model.train(was_training)
     return total
 
@@ -144,8 +159,11 @@ def streamed_perplexity(
         progress: label of a bar over the blocks, none if ``None``.
         calibration: inputs of the first block that `change` looks at; advanced with the blocks.
         change: called with number, name and module of each block, filled, before it is used.
+
+    Returns:
+        As :func:`perplexity`.
     """
-    check_vocabulary(windows, stream.config)
+    check_windows(windows, stream.config)
     rows, total = max(1, TOKENS_AT_ONCE // windows.shape[1]), 0.0
     with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
         inputs = first_inputs(stream.model, windows, rows, Path(scratch), to_end=True)
@@ -157,5 +175,5 @@ def streamed_perplexity(
                 change(index, name, block)
         for ids, hidden in zip(windows.split(rows), inputs.hidden.split(rows), strict=True):
             ids = ids.to(stream.device)
-            total += _loss(logits(stream.model, ids, hidden.to(stream.device)), ids)
+            total += _loss(stream.model, ids, hidden.to(stream.device))
     return _exponential(total, windows)

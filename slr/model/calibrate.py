@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.model.blocks import decoder_blocks
+from slr.model.data import check_windows
+from slr.model.heads import instead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "logits", "observe", "rows_at_once"]
+__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "observe", "rows_at_once"]
 
 IN_MEMORY = 1 << 30  # bytes of block inputs above which they are kept on disk
 ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes that a block may need beside its inputs
@@ -78,18 +80,6 @@ class _StopForward(Exception):  # noqa: N818
     """Raised to leave a forward pass once the last block was reached."""
 
 
-@contextmanager
-def _instead(blocks: nn.ModuleList, forward: Callable[[int], Callable]) -> Iterator[None]:
-    """While open, ``forward(i)`` runs in place of block i."""
-    try:
-        for i, block in enumerate(blocks):
-            block.forward = forward(i)
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-
-
 def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """An uninitialised tensor on the CPU; in a file without a name when it is large."""
     count = torch.Size(shape).numel()
@@ -115,7 +105,11 @@ def first_inputs(
         rows: windows at once; chosen to memory when ``None``.
         folder: where large inputs may be kept on disk.
         to_end: whether the outputs of the last block are wanted.
+
+    Raises:
+        ValueError, TypeError: as :func:`slr.model.data.check_windows`.
     """
+    check_windows(windows, model.config)
     blocks = decoder_blocks(model)
     config = model.config.get_text_config()
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
@@ -140,31 +134,13 @@ def first_inputs(
 
         return forward
 
-    with _instead(blocks, record):
+    with instead(blocks, record):
         for ids in windows.split(rows):
             try:
                 model(input_ids=ids.to(device), use_cache=False)
             except _StopForward:
                 done += len(ids)
     return BlockInputs(hidden, rows, arguments, to_end)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Logits from the outputs of the last block, as the model's own final norm and head give them.
-
-    Args:
-        model: whose embeddings, final norm and head hold weights.
-        ids: (rows, seqlen), of the same windows.
-        hidden: (rows, seqlen, hidden).
-    """
-    blocks = decoder_blocks(model)
-
-    def identity(i: int) -> Callable:
-        return lambda states, *args, **kwargs: hidden if i == 0 else states
-
-    with _instead(blocks, identity):
-        return model(input_ids=ids, use_cache=False).logits
 
 
 @contextmanager

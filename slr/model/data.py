@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import random
 import sysconfig
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,8 @@ import torch
 from slr.matrix.checks import check_count, check_seqlen
 
 __all__ = [
-    "calibration", "check_vocabulary", "corpus", "documents", "held_out", "load_text", "windows",
+    "calibration", "check_positions", "check_windows", "corpus", "documents", "held_out",
+    "load_text", "windows",
 ]  # fmt: skip
 
 # Missing from some installations (Debian splits them off, newer Pythons drop them), generated
@@ -153,7 +155,7 @@ def hub_dataset(*args, **options):
     except ImportError:
         raise RuntimeError("this text needs `datasets`: pip install 'slr[eval]'") from None
     try:
-        return load_dataset(*args, **options)
+        return load_dataset(*args, **options, trust_remote_code=False)
     except Exception as error:  # whatever the network, the hub or the cache may say
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
@@ -239,11 +241,52 @@ def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torc
     return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
 
 
-def check_vocabulary(text: torch.Tensor, config) -> None:
-    """Raise ValueError if a token is not in the vocabulary of a model with this configuration."""
+def check_windows(windows: torch.Tensor, config) -> None:
+    """Raise unless a model with this configuration can read these token windows.
+
+    More tokens than a rotary model was made for can be read, and bring a warning; a model with
+    an embedding of positions (OPT) has no more than those.
+
+    Args:
+        windows: (count, seqlen).
+        config: of the model, of transformers.
+
+    Raises:
+        ValueError: another shape, no window, too long ones, or a token that is not in the
+            vocabulary.
+        TypeError: no integers.
+    """
+    if windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):
+        raise ValueError(f"windows have shape {tuple(windows.shape)}; they must be (count, seqlen)")
+    if windows.is_floating_point() or windows.is_complex() or windows.dtype == torch.bool:
+        raise TypeError(f"windows have dtype {windows.dtype}; they must be token numbers (int64)")
+    check_positions(windows.shape[1], config)
+    low, high = (int(value) for value in windows.aminmax())
     vocabulary = config.get_text_config().vocab_size
-    if int(text.max()) >= vocabulary:
+    if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"the windows hold token {int(text.max())}, but the model has {vocabulary}; "
-            "was the text tokenised for another model?"
+            f"the windows hold token {high if low >= 0 else low}, but the model has "
+            f"{vocabulary}; was the text tokenised for another model?"
         )
+
+
+def check_positions(seqlen: int, config) -> None:
+    """Raise ValueError if a model has fewer positions, or warn if it was made for fewer.
+
+    Args:
+        seqlen: tokens in a window.
+        config: of the model, of transformers.
+    """
+    config = config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None or seqlen <= most:
+        return
+    if not hasattr(config, "rope_parameters"):
+        raise ValueError(
+            f"seqlen is {seqlen}, but the model has {most} positions; it must be at most {most}"
+        )
+    warnings.warn(
+        f"seqlen is {seqlen}, but the model was made for {most} tokens; its predictions beyond "
+        "them may be poor",
+        stacklevel=2,
+    )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slr.layer.linear import SLRLinear
 from slr.model import hf
 from slr.model.blocks import Inputs, blocks_name, decoder_blocks, walk
+from slr.model.edges import check_config, reading
 from slr.model.tensors import TensorFiles, read_json, tied_to
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def _kind(raw: dict) -> str | None:
 
 def knows(folder: Path) -> bool:
     """Whether the model of a folder is of one of :data:`FAMILIES`."""
-    return _kind(read_json(folder / "config.json")) in FAMILIES
+    file = folder / "config.json"
+    return _kind(check_config(read_json(file), file)) in FAMILIES
 
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
@@ -53,14 +55,17 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
             f"folder {folder} holds an adapter ({ADAPTER}) beside the model; merge it into the "
             "weights (PEFT's merge_and_unload), or move it away to take the model without it"
         )
-    raw = read_json(folder / "config.json")
+    file = folder / "config.json"
+    raw = check_config(read_json(file), file)
     kind = _kind(raw)
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; slr knows {', '.join(FAMILIES)}")
     if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+        told = raw["quantization_config"]
+        method = told.get("quant_method", told) if isinstance(told, dict) else told
         raise ValueError(f"{folder} is quantised ({method}); slr compresses 16 or 32-bit weights")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with reading(str(file)):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     about = getattr(config, "quantization_config", None)
     return config, about
 
@@ -92,9 +97,9 @@ class Stream:
         self.files = TensorFiles(folder)
         stored = self.files.dtype
         self.dtype = dtype or getattr(self.config, "dtype", None) or stored
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), reading(str(folder / "config.json")):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype
+                self.config, dtype=self.dtype, trust_remote_code=False
             ).eval()
         if self.about is not None:
             hf.place(self.model, self.about["layers"], self.dtype)

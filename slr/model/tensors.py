@@ -154,8 +154,8 @@ class TensorFiles:
         for name, (shape, dtype) in self.headers().items():
             if dtype not in FLOATS and dtype.startswith("F"):
                 raise ValueError(
-                    f"{self.folder}: tensor {name} has dtype {dtype}, whose scales would be lost; "
-                    "give a checkpoint with 16 or 32-bit weights"
+                    f"{self.folder}: tensor {name} has dtype {dtype}; slr reads weights of 16, 32 "
+                    "or 64 bits, and not the scales of smaller ones: convert the checkpoint first"
                 )
             count[dtype] += torch.Size(shape).numel()
         known = [dtype for dtype in FLOATS if dtype in count]

@@ -19,7 +19,7 @@ from slr.methods.cap.pool import Pool, propose
 from slr.methods.cap.robust_pca import Candidates
 from slr.model import hf
 from slr.model.block import Errors, LayerReport, report
-from slr.model.data import check_vocabulary
+from slr.model.data import check_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ def allocate(
     pool = _pool(model, dict(propose(model, **options)) if found is None else found)
     spend = pool.budget(budget)
     if method == "learned" and windows is not None:
-        check_vocabulary(windows, model.config)
+        check_windows(windows, model.config)
         start = soften(getattr(pool, prior)(), pool.costs, spend, width)
         policy = Policy(pool.costs, spend, start, rate=rate, window=window, epsilon=epsilon)
         loss = excess_loss(model, pool, windows, batch, refit)
