@@ -85,8 +85,8 @@ def describe(model: nn.Module, before: dict[str, dict]) -> dict[str, dict]:
 
     Args:
         model: with :class:`~slr.layer.linear.SLRLinear` layers.
-        before: what was said of them.  Errors stay if they still hold; those of a layer whose
-            rank or mask is another now are the old ones, too, being of the compression.
+        before: what was said of them.  Errors stay: they are those of the compression, whatever
+            was trained or merged since.
 
     Raises:
         ValueError: a layer is inside an adapter, so that no folder could say where it is.
@@ -120,16 +120,16 @@ def place(model: nn.Module, layers: dict[str, dict], dtype: torch.dtype) -> None
     """
     modules = dict(model.named_modules())
     for name, layer in layers.items():
-        shape, dense = tuple(layer["shape"]), modules.get(name)
-        if not isinstance(dense, nn.Linear) or dense.weight.shape != shape:
+        (m, n), dense = layer["shape"], modules.get(name)
+        if not isinstance(dense, nn.Linear) or dense.weight.shape != (m, n):
             raise ValueError(
-                f"config.json describes the layer {name} of shape {shape}, but "
+                f"config.json describes the layer {name} of shape {(m, n)}, but "
                 f"{type(model).__name__} has there {dense}"
             )
         model.set_submodule(
             name,
             SLRLinear.placeholder(
-                shape, layer["rank"], layer["kept"], layer["bias"], dtype,
+                (m, n), layer["rank"], layer["kept"], layer["bias"], dtype,
                 pattern=layer["pattern"],
             ),
         )  # fmt: skip

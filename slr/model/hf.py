@@ -15,7 +15,7 @@ import functools
 import importlib
 import json
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slr.model.format import (
     FORMAT,
@@ -43,7 +43,7 @@ def adopt(model: PreTrainedModel, about: dict) -> PreTrainedModel:
     """
     from slr.model.quantizer import SLRConfig, SLRQuantizer
 
-    quantizer = SLRQuantizer(SLRConfig(format=FORMAT, **about))
+    quantizer: Any = SLRQuantizer(SLRConfig(format=FORMAT, **about))
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     return model
@@ -68,7 +68,7 @@ def _read_and_write(module: ModuleType) -> None:
         if about is None or about.get("quant_method") != NAME:
             return text
         config = json.loads(text)
-        del config["quantization_config"]
+        config.pop("quantization_config", None)
         config.setdefault("num_hidden_layers", self.num_hidden_layers)
         about = {k: v for k, v in about.items() if k not in ("quant_method", "format")}
         return json.dumps(disguise(config, about), indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -12,11 +12,11 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from slr.layer.linear import SLRLinear
+from slr.matrix.checks import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,12 +134,8 @@ def check_layers(model: nn.Module, name: str = "") -> None:
         if not isinstance(layer, SLRLinear) or layer.values.is_meta:
             continue
         for part, tensor in layer.packed().items():
-            wrong = 0 if part == "bitmask" else int((~torch.isfinite(tensor)).sum())
-            if wrong:
-                raise ValueError(
-                    f"the tensor {inner}.{part} holds {wrong} values that are not finite, of "
-                    f"{tensor.numel()}"
-                )
+            if part != "bitmask":
+                check_finite(f"the tensor {inner}.{part}", tensor)
         try:
             layer.check_()
         except ValueError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from functools import wraps
+from typing import Any
 
 import torch
 from peft.tuners import tuners_utils
@@ -61,13 +62,14 @@ class SLRLoraLinear(Linear):
         for name in tuners_utils.check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
-            layer, scale = self.get_base_layer(), self.scaling[name]
-            more = self.lora_B[name].bias
-            B = torch.cat([layer.B, (self.lora_B[name].weight * scale).to(layer.B)], 1)
-            A = torch.cat([layer.A, self.lora_A[name].weight.to(layer.A)], 0)
-            bias = layer.bias
-            if more is not None:
-                bias = (more * scale if bias is None else bias + more * scale).to(B)
+            layer: Any = self.get_base_layer()
+            left: Any = self.lora_B[name]
+            right: Any = self.lora_A[name]
+            scale, bias = self.scaling[name], layer.bias
+            B = torch.cat([layer.B, (left.weight * scale).to(layer.B)], 1)
+            A = torch.cat([layer.A, right.weight.to(layer.A)], 0)
+            if left.bias is not None:
+                bias = left.bias * scale + (0 if bias is None else bias)
             if safe_merge and not all(
                 bool(torch.isfinite(t).all()) for t in (B, A, bias) if t is not None
             ):
@@ -82,7 +84,7 @@ class SLRLoraLinear(Linear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         rank, bias = self.before[0]
         _set(layer, layer.B[:, :rank].clone(), layer.A[:rank].clone(), bias)
         self.before.clear()
@@ -134,7 +136,7 @@ def _install() -> None:
             }
         return peft_config
 
-    LoraModel._create_new_module = staticmethod(created)
+    LoraModel._create_new_module = staticmethod(created)  # type: ignore[method-assign]
     tuners_utils._maybe_include_all_linear_layers = included
 
 
