@@ -1,5 +1,6 @@
 import copy
 import io
+import pickle
 import re
 
 import pytest
@@ -173,13 +174,64 @@ def test_training_lowers_the_loss_and_keeps_the_mask():
     assert not layer.weight[~mask].any()
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.add_(1),
+        lambda w: w.data.mul_(2),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.T.zero_(),
+        lambda w: w.detach()[0].fill_(3),
+        lambda w: w.chunk(2)[0].zero_(),
+        lambda w: setattr(w, "data", torch.ones(12, 8)),
+        lambda w: torch.mul(torch.ones(12, 8), 2, out=w.detach()),
+        lambda w: torch._foreach_add_([w.detach()], 1),
+        torch.nn.init.zeros_,
+    ],
+)
+def test_what_is_unpacked_cannot_be_written_into_the_void(write):
+    layer = layer_of(12, 8, 2, "2:4")
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="would be lost; write the layer's values"):
+        write(layer.weight)
+    with pytest.raises(ValueError, match="would be lost"):
+        layer.mask[0] = True
+    assert torch.equal(layer.weight, before)
+
+
+def test_what_is_computed_from_it_is_plain():
+    layer = layer_of(12, 8, 2, "2:4")
+    W, x = layer.weight, torch.ones(12, 8)
+    for made in (W + 1, W.clone(), W @ W.T, W[layer.mask], copy.deepcopy(W.detach()), x.add(W)):
+        assert type(made) is torch.Tensor
+    x[layer.mask] = 0
+    assert torch.equal(x.bool(), ~layer.mask)
+    assert torch.equal(x.data.copy_(W.detach()), W)
+
+
+def test_pickles_and_prepares_anew():
+    layer = layer_of(12, 8, 2, "2:4")
+    layer.few, layer.many, layer.form = "triton", "cutlass", torch.zeros(3)  # of another machine
+    x, want = torch.randn(3, 8), layer_of(12, 8, 2, "2:4")(torch.randn(3, 8)).shape
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    for twin in (
+        pickle.loads(pickle.dumps(layer)), torch.load(saved, weights_only=False),
+        copy.deepcopy(layer),
+    ):  # fmt: skip
+        assert (twin.few, twin.many, twin.form) == ("cpu", "cpu", None)
+        assert twin(x).shape == want
+        pairs = zip(twin.packed().values(), layer.packed().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_peft_trains_an_adapter_on_it():
     peft = pytest.importorskip("peft")
     model = torch.nn.Sequential(layer_of(12, 8, 2, "2:4"))
     x = torch.randn(5, 8)
     before = model(x)
     config = peft.LoraConfig(r=2, target_modules=["0"])
-    config._register_custom_module({slr.SLRLinear: peft.tuners.lora.Linear})
     tuned = peft.get_peft_model(model, config)
     assert torch.equal(tuned(x), before)
     tuned(x).square().sum().backward()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from slr.model.blocks import in_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,12 +63,9 @@ def log_likelihoods(
         context = tokenizer(question["context"])["input_ids"]
         whole = (tokenizer(f"{question['context']} {c}")["input_ids"] for c in question["choices"])
         rows.append((context, [ids[len(context) :] for ids in whole]))
-    was_training = model.training
-    model.eval()
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    found = torch.cat([_scores(model, part) for part in parts])
-    model.train(was_training)
-    return found
+    with in_mode(model, False):
+        return torch.cat([_scores(model, part) for part in parts])
 
 
 def _scores(model: PreTrainedModel, rows: list[tuple[list[int], list[list[int]]]]) -> Tensor:

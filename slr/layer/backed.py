@@ -92,13 +92,21 @@ class Backed(nn.Module):
         super()._apply(fn, recurse)
         now = self.values
         if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
-            try:
-                self._prepare()
-            except ValueError as error:  # named for another device or dtype
-                warnings.warn(f"{error}; using 'auto'", stacklevel=2)
-                self.backend = "auto"
-                self._prepare()
+            self._prepare_anew()
         return self
+
+    def __setstate__(self, state: dict) -> None:
+        """Unpickled or copied, perhaps for another device and on another machine."""
+        super().__setstate__(state)
+        self._prepare_anew()
+
+    def _prepare_anew(self) -> None:
+        try:
+            self._prepare()
+        except ValueError as error:  # named for another device or dtype
+            warnings.warn(f"{error}; using 'auto'", stacklevel=3)
+            self.backend = "auto"
+            self._prepare()
 
     def _backend(self, flat: Tensor, values: Tensor) -> str:
         """The backend for x (tokens, n) and the values as they are multiplied."""

@@ -16,6 +16,7 @@ from slr.layer.backends import sparse_cores
 from slr.layer.bits import pack_mask, unpack_mask
 from slr.layer.packing import check_packed
 from slr.layer.product import dense, sparse_linear
+from slr.layer.readonly import read_only
 from slr.layer.sparse24 import TWO_FOUR, check_two_four, is_two_four
 from slr.matrix.checks import check_mask, check_matrix
 from slr.matrix.patterns import NM, Pattern, parse
@@ -221,13 +222,16 @@ class SLRLinear(Backed):
 
     @property
     def weight(self) -> Tensor:
-        """S (out, in), unpacked: a new tensor; gradients reach ``values``."""
+        """S (out, in), unpacked: a new tensor, not to be written; gradients reach ``values``."""
+        return read_only(self._unpacked())
+
+    def _unpacked(self) -> Tensor:
         return dense(self.values, self.bitmask, *self._shape, self.two_four)
 
     @property
     def mask(self) -> Tensor:
-        """Bool (out, in), True = kept: a new tensor."""
-        return unpack_mask(self.bitmask, self._shape)
+        """Bool (out, in), True = kept: a new tensor, not to be written."""
+        return read_only(unpack_mask(self.bitmask, self._shape))
 
     def packed(self) -> dict[str, Tensor]:
         """What is stored: ``values``, ``bitmask``, ``B``, ``A`` and ``bias`` if there is one."""
@@ -237,7 +241,7 @@ class SLRLinear(Backed):
 
     def dense(self) -> Tensor:
         """S + B A as one (out, in) matrix."""
-        return torch.addmm(self.weight, self.B, self.A)
+        return torch.addmm(self._unpacked(), self.B, self.A)
 
     def cache_(self, on: bool = True) -> SLRLinear:
         """Hold S unpacked as well, or no longer; returns the layer.
@@ -247,7 +251,7 @@ class SLRLinear(Backed):
         """
         if on:
             self.values.requires_grad_(False)
-        self.cached = self.weight if on else None
+        self.cached = self._unpacked() if on else None
         return self
 
     def forward(self, x: Tensor) -> Tensor:

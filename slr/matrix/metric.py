@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slr.matrix.checks import check_finite
 
-__all__ = ["Diagonal", "Gram", "Identity", "Metric", "definite"]
+__all__ = ["Diagonal", "Gram", "Identity", "Metric", "definite", "relative"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,19 @@ class Gram:
 
 
 Metric = Identity | Diagonal | Gram
+
+
+def relative(error: float, size: float) -> float:
+    """An error as a share of the size of what it is of; both zero or above.
+
+    Of something of size zero it is 0 if there is no error and 1 if there is one.
+
+    >>> relative(1.0, 2.0), relative(0.0, 0.0), relative(3.0, 0.0)
+    (0.5, 0.0, 1.0)
+    """
+    if size < 1e-300:  # a quotient might overflow
+        return float(error > 0)
+    return error / size
 
 
 def definite(matrix: Tensor, what: str = "gram") -> tuple[Tensor, Tensor]:

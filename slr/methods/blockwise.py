@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slr.layer.linear import SLRLinear
 from slr.methods.induction.options import Induction, check_pattern
 from slr.methods.induction.training import induce_block
 from slr.model import distributed, hf
 from slr.model.block import LayerReport, compress_block
-from slr.model.blocks import blocks_name, decoder_blocks, walk
+from slr.model.blocks import blocks_name, check_dense, decoder_blocks, in_mode, walk
 from slr.model.calibrate import BlockInputs, first_inputs
 from slr.model.recipe import Recipe
 
@@ -43,13 +42,12 @@ def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict
         ValueError: a layer that pattern or rank does not fit, nothing to do, or names in the
             recipe that fit no layer.
     """
+    check_dense(model)
     prefix, names = blocks_name(model), []
     plan: list[dict[str, Recipe]] = []
     for index, block in enumerate(decoder_blocks(model)):
         plan.append({})
         for inner, linear in block.named_modules():
-            if isinstance(linear, SLRLinear):
-                raise ValueError("the model is compressed already; give its dense source")
             if not isinstance(linear, nn.Linear):
                 continue
             name = f"{prefix}.{index}.{inner}"
@@ -106,7 +104,7 @@ def compress_model(
     *,
     progress: bool = False,
 ) -> list[LayerReport]:
-    """Compress a loaded model in place.
+    """Compress a loaded model in place, in evaluation mode; its own mode is put back.
 
     Args:
         model: a decoder, in any float dtype, on any one device.
@@ -125,12 +123,12 @@ def compress_model(
     recipe = recipe.resolved(hidden_size)
     plan = plan_layers(model, recipe, hidden_size)
     inputs = None
-    if recipe.needs_data:
-        if windows is None:
-            raise ValueError(f"{recipe!r} needs calibration windows")
-        inputs = first_inputs(model, distributed.mine(windows))
+    if recipe.needs_data and windows is None:
+        raise ValueError(f"{recipe!r} needs calibration windows")
     reports: list[LayerReport] = []
-    with progress_bar(plan, progress) as bar:
+    with in_mode(model, False), progress_bar(plan, progress) as bar:
+        if windows is not None and recipe.needs_data:
+            inputs = first_inputs(model, distributed.mine(windows))
         for index, name, block in walk(model, inputs):
             prepare_block(block, index, recipe, inputs)
             seed = recipe.seed + len(reports)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from slr.layer.linear import SLRLinear
 from slr.matrix.filled import row_blocks
+from slr.matrix.metric import relative
 from slr.matrix.pruners import Known
 from slr.matrix.result import Refined
 from slr.matrix.statistics import GramStatistic, NormStatistic
@@ -211,6 +212,5 @@ def measure(weight: Tensor, made: Compressed, known: Known | None = None) -> Err
         if gram is not None:
             signal += float(((W @ gram) * W).sum(dtype=torch.float64))
             noise += float(((E @ gram) * E).sum(dtype=torch.float64))
-    size = max(whole, 1e-300)
-    output = None if gram is None else (max(0.0, noise) / max(signal, 1e-300)) ** 0.5
-    return Errors((pruned / size) ** 0.5, (rest / size) ** 0.5, output)
+    output = None if gram is None else relative(max(0.0, noise), signal) ** 0.5
+    return Errors(relative(pruned, whole) ** 0.5, relative(rest, whole) ** 0.5, output)

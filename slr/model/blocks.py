@@ -8,11 +8,14 @@ and emptied.  Book: chapter 9.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import nn
 
-__all__ = ["Inputs", "blocks_name", "decoder_blocks", "walk"]
+from slr.layer.linear import SLRLinear
+
+__all__ = ["Inputs", "blocks_name", "check_dense", "decoder_blocks", "in_mode", "walk"]
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -38,6 +41,46 @@ def blocks_name(model: nn.Module) -> str:
     raise ValueError(
         f"{type(model).__name__} has no decoder blocks at model.layers or model.decoder.layers"
     )
+
+
+def check_dense(model: nn.Module) -> None:
+    """Raise ValueError if a model is compressed already, or has adapters.
+
+    Args:
+        model: loaded, or without weights.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SLRLinear):
+            raise ValueError("the model is compressed already; give its dense source")
+        if "base_layer" in module._modules:  # so PEFT calls what an adapter wraps
+            raise ValueError(
+                f"the model has an adapter at {name}; compress it first and add adapters "
+                "afterwards, or merge them into it before"
+            )
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """While open, a model trains or does not; then every module does again what it did before.
+
+    A module that was put in another's place meanwhile takes over what that did.
+
+    >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with in_mode(net, False):
+    ...     net[0].training
+    False
+    >>> net[0].training, net[1].training
+    (True, False)
+    """
+    before = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules(remove_duplicate=False):
+            while name not in before:
+                name = name.rpartition(".")[0]
+            module.training = before[name]
 
 
 class Inputs(Protocol):

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from slr.layer.linear import SLRLinear
+from slr.matrix.metric import relative
 from slr.matrix.result import Refined
 from slr.methods.cap.policy import Policy, choose, learn, soften
 from slr.methods.cap.pool import Pool, propose
 from slr.methods.cap.robust_pca import Candidates
 from slr.model import hf
 from slr.model.block import Errors, LayerReport, report
+from slr.model.blocks import in_mode
 from slr.model.data import check_windows
 
 if TYPE_CHECKING:
@@ -192,7 +194,8 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 def _likelihood(model: nn.Module, ids: Tensor, weights: dict[str, Tensor]) -> float:
     """Mean negative log-likelihood of all tokens but the first, with other weights."""
     options = {"input_ids": ids, "use_cache": False}
-    logits = torch.func.functional_call(model, weights, kwargs=options).logits
+    with in_mode(model, False):
+        logits = torch.func.functional_call(model, weights, kwargs=options).logits
     return float(nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1),
                                              ids[:, 1:].flatten()))  # fmt: skip
 
@@ -220,7 +223,7 @@ def place(
         linear, c = _linear(model, name), pool.found[name]
         W, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
         refined = c.refined(part, W, refit)
-        made[name] = SLRLinear.from_refined(refined, bias, pattern=c.pattern)
+        made[name] = SLRLinear.from_refined(refined, bias, pattern=c.pattern).train(linear.training)
         reports.append(_report(name, W, made[name], refined))
     for name, layer in made.items():  # only now that nothing can fail
         model.set_submodule(name, layer)
@@ -233,6 +236,6 @@ def place(
 
 def _report(name: str, W: Tensor, layer: SLRLinear, refined: Refined) -> LayerReport:
     """Of one layer; what it is without B A counts as pruned."""
-    size = max(float(W.float().norm()), 1e-300)
-    pruned = float((W.float() - refined.sparse.float()).norm()) / size
-    return report(name, layer, Errors(pruned, refined.error / size, None), 0.0)
+    size, pruned = (float(E.norm()) for E in (W.float(), W.float() - refined.sparse.float()))
+    errors = Errors(relative(pruned, size), relative(refined.error, size), None)
+    return report(name, layer, errors, 0.0)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slr.layer.linear import SLRLinear
 from slr.methods.cap.robust_pca import Candidates, candidates
-from slr.model.blocks import decoder_blocks, walk
+from slr.model.blocks import check_dense, decoder_blocks, walk
 from slr.model.stream import Stream
 
 __all__ = ["Pool", "block_candidates", "pack", "propose", "unpack"]
@@ -42,10 +41,8 @@ def propose(source: nn.Module | Stream, **options) -> Iterator[tuple[str, Candid
     Cost: a :func:`candidates` each; a result holds about three times the memory of its matrix.
     """
     model = source.model if isinstance(source, Stream) else source
-    kinds = {type(module) for module in decoder_blocks(model).modules()}
-    if SLRLinear in kinds:
-        raise ValueError("the model is compressed already; give its dense source")
-    if nn.Linear not in kinds:
+    check_dense(model)
+    if not any(type(module) is nn.Linear for module in decoder_blocks(model).modules()):
         raise ValueError(f"{type(model).__name__} has no linear layers in its decoder blocks")
     for _, name, block in source.filled() if isinstance(source, Stream) else walk(model):
         yield from block_candidates(name, block, **options)

@@ -17,6 +17,7 @@ from slr.methods.cap.pool import propose
 from slr.methods.cap.robust_pca import Candidates
 from slr.methods.system import System
 from slr.model.block import LayerReport
+from slr.model.blocks import check_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,7 @@ class CAP(System):
             windows: (count, seqlen).
             found: candidates that were made before.
         """
+        check_dense(model)
         if found is None:
             found = dict(propose(model, balance_ratio=self.balance_ratio))
         generator = torch.Generator().manual_seed(self.seed)

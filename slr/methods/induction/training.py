@@ -18,7 +18,7 @@ from slr.methods.induction.loss import BlockLoss, starting_scales
 from slr.methods.induction.options import Induction, check_pattern
 from slr.methods.induction.scales import Scales, absorb
 from slr.model import distributed
-from slr.model.blocks import decoder_blocks, walk
+from slr.model.blocks import decoder_blocks, in_mode, walk
 from slr.model.calibrate import BlockInputs, first_inputs
 
 if TYPE_CHECKING:
@@ -196,9 +196,9 @@ def induce(
     options = options or Induction()
     for block in blocks:
         check_pattern(block, options)
-    inputs = first_inputs(model, windows, rows)
-    found = []
-    walked = walk(model, inputs)
-    for index, _, block in tqdm(walked, "induce", len(blocks), disable=not progress, unit="block"):
-        found.append(induce_block(block, index, inputs, options))
-    return found
+    with in_mode(model, False):
+        inputs = first_inputs(model, windows, rows)
+        walked = tqdm(
+            walk(model, inputs), "induce", len(blocks), disable=not progress, unit="block"
+        )
+        return [induce_block(block, index, inputs, options) for index, _, block in walked]

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from slr.methods.losparse.distil import distillation_loss
 from slr.methods.losparse.linear import convert, layers
 from slr.methods.losparse.pruner import Pruner
+from slr.model.blocks import in_mode
 
 __all__ = ["fit", "train"]
 
@@ -73,11 +74,11 @@ def fit(
         )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     done = None if pruner is None else pruner.state_dict()
-    was_training, losses = model.training, list[float]()
-    model.train()
+    losses: list[float] = []
     try:
-        for loss in _steps(model, batches, lr, pruner, teacher, dtype):
-            losses.append(loss)
+        with in_mode(model, True):
+            for loss in _steps(model, batches, lr, pruner, teacher, dtype):
+                losses.append(loss)
     except (ValueError, RuntimeError) as error:
         model.load_state_dict(before)
         if pruner is not None and done is not None:
@@ -85,8 +86,6 @@ def fit(
         if isinstance(error, RuntimeError) and "non-finite" not in str(error):
             raise
         raise ValueError(f"{error}.  The model is as it was; try a lr below {lr}") from None
-    finally:
-        model.train(was_training)
     return losses
 
 

@@ -17,6 +17,7 @@ from slr.methods.losparse.trained import to_slr
 from slr.methods.system import System
 from slr.model import hf
 from slr.model.block import LayerReport
+from slr.model.blocks import check_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ class LoSparse(System):
 
         Memory: beside the training a copy of the dense model, to measure against.
         """
+        check_dense(model)
         dense = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(self.seed)
         passes = -(-self.steps * BATCH // len(windows))

@@ -15,6 +15,7 @@ from torch import nn
 
 from slr.layer.linear import SLRLinear
 from slr.matrix.accounting import Account
+from slr.matrix.metric import relative
 from slr.methods.losparse.linear import LoSparseLinear, account, layers
 from slr.methods.losparse.pruner import Pruner
 
@@ -88,13 +89,13 @@ def to_slr(model: nn.Module, source: nn.Module) -> dict[str, dict]:
         W = dense[name].weight.to(S)
         bias = None if layer.bias is None else layer.bias.data
         mask = kept.unsqueeze(1).expand_as(S).contiguous()
+        size, pruned, error = (float(E.norm()) for E in (W, W - S, W - layer.dense()))
         small = SLRLinear(S, layer.U.data, layer.V.data, bias, mask=mask)
         model.set_submodule(name, small.train(layer.training))
         made[name] = {
             "shape": list(layer.shape), "rank": layer.rank, "kept": int(mask.sum()),
             "bias": bias is not None, "pattern": None, "output_error": None,
-            "pruned_error": float((W - S).norm() / W.norm()),
-            "error": float((W - layer.dense()).norm() / W.norm()),
+            "pruned_error": relative(pruned, size), "error": relative(error, size),
         }  # fmt: skip
     return made
 
