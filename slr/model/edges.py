@@ -101,6 +101,7 @@ def _shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(is_whole(v) and v for v in value)
 
 
+DENSE_TYPE = {"model_type": ("a name", or_none(is_text))}
 DENSE = {"model_type": ("a name", is_text), "num_hidden_layers": ("a number of blocks", is_whole)}
 ABOUT = {
     "dense": ("a mapping", is_mapping),
@@ -161,10 +162,16 @@ def check_config(raw: Any, file: Path) -> dict:
         `raw`.
 
     Raises:
-        ValueError: no mapping, another format, or an entry that is missing or of another kind.
+        ValueError: no mapping, another format, a quantised model, or an entry that is missing or
+            of another kind.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is {_short(raw)}; it must be a mapping")
+    check_entries(str(file), {"model_type": None, **raw}, DENSE_TYPE)
+    quantised = raw.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"{file.parent} is quantised ({method}); slr reads 16 or 32-bit weights")
     if hf.NAME not in raw:
         if raw.get("model_type") == hf.NAME:
             raise ValueError(f"{file} lacks 'slr', what a compressed checkpoint says of itself")
