@@ -214,10 +214,10 @@ def fine_tune(
     out, source = Path(out), str(model or recipe.model)
     if (out / "losparse.json").is_file():
         raise ValueError(f"{out} is complete already; give another folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     head = getattr(transformers, HEADS[recipe.kind])
     labels = {"num_labels": recipe.labels} if recipe.kind == "classification" else {}
-    network = head.from_pretrained(source, use_safetensors=True, **labels)
+    network = head.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **labels)
     train, validation = (
         [item for row in _rows(recipe, data, split) for item in encode(row, tokenizer, recipe)]
         for split in ("train", recipe.validation)
@@ -281,7 +281,7 @@ def load(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     if not (folder / "losparse.json").is_file():
         raise ValueError(f"folder {folder} has no losparse.json: it is not of a finished training")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = getattr(transformers, config.architectures[0])(config)
     return losparse.load(model, folder / "model.safetensors").eval()
 

@@ -146,12 +146,15 @@ def evaluate(
     task_folder: opt.TaskFolder = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
+    verify: opt.Verify = False,
     json_output: opt.Json = False,
 ) -> None:
     """Perplexity of a model, of a compressed one beside its source's; or its scores on tasks."""
     from slr.evaluate import comparison
 
     kind, where = opt.dtype_of(dtype), _device(device)
+    if verify:
+        slr.verify(model)
     if tasks is not None:
         unused = opt.given(text=text, compare=compare, source=source, stream=stream)
         opt.refuse(unused, "with --tasks")
@@ -189,7 +192,7 @@ def _tasks(
 
     say(f"{model}: lm-eval tasks {names}")
     loaded = slr.load(model, dtype=dtype)
-    nn.Module.to(loaded, device)  # transformers' own refuses what it takes for quantised
+    nn.Module.to(loaded, device)
     each = [name.strip() for name in names.split(",")]
     found = harness.tasks(
         loaded, load_tokenizer(model), each, limit=limit, folder=task_folder, seqlen=seqlen
@@ -236,13 +239,24 @@ def info(model: opt.Folder, json_output: opt.Json = False) -> None:
         )
 
 
+@app.command("verify")
+def verify_(model: opt.Folder) -> None:
+    """Is a compressed folder whole, and bit for bit what was written?"""
+    files = slr.verify(model)
+    size = sum(file.stat().st_size for file in files) / 1e6
+    print(f"{model} is what was written: {len(files)} files, {size:.1f} MB")
+
+
 @app.command("export")
 def export_(
-    model: opt.Folder, to: Annotated[str, typer.Option(help=" | ".join(FORMS))], out: opt.Out
+    model: opt.Folder,
+    to: Annotated[str, typer.Option(help=" | ".join(FORMS))],
+    out: opt.Out,
+    verify: opt.Verify = False,
 ) -> None:
     """Write a compressed model for other programs: base + LoRA adapter, or dense."""
     say(f"{model} -> {out}: {to}")
-    slr.export(model, out, to)
+    slr.export(model, out, to, verify=verify)
     rows = [("weights", f"{megabytes(out):.1f} MB")]
     if to == "peft":
         rows.append(("adapter", f"{megabytes(out / 'adapter'):.1f} MB in {out / 'adapter'}"))

@@ -39,6 +39,9 @@ Model = Annotated[str, typer.Argument(help=MODEL)]
 Folder = Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")]
 Out = Annotated[Path, Option(help="folder to make")]
 Device = Annotated[str, Option(help="auto | cpu | cuda")]
+Verify = Annotated[
+    bool, Option("--verify", help="first compare every byte with the digests of the folder")
+]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 Fresh = Annotated[bool, Option("--fresh", help="start over instead of going on")]
 Config = Annotated[

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import slr
 from slr.checkpoint.digests import SUMS, fingerprint, stamps
+from slr.cli import app
 
 RECIPE = slr.Recipe(prune="magnitude", rank=2, iterations=2)
 SHARD = "model-00001-of-00003.safetensors"
@@ -113,6 +115,25 @@ def test_a_change_that_fits_is_seen_by_verify_alone(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{SHARD} is not what was written"):
             call()
+
+
+def test_the_commands_verify(folder, tmp_path):
+    def run(*args):
+        return CliRunner().invoke(app, [str(arg) for arg in args])
+
+    done = run("verify", folder)
+    assert done.exit_code == 0
+    assert "is what was written" in done.stdout
+    change(folder, lambda tensors: tensors[f"{LAYER}.values"].mul_(2))
+    for args in (
+        ("verify", folder),
+        ("eval", folder, "--verify"),
+        ("export", folder, "--to", "dense", "--out", tmp_path / "dense", "--verify"),
+    ):
+        done = run(*args)
+        assert done.exit_code == 2
+        assert f"{SHARD} is not what was written" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "dense").exists()
 
 
 def test_a_fingerprint_covers_every_byte_and_knows_what_it_read(small, tmp_path, monkeypatch):

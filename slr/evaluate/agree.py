@@ -75,7 +75,7 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tenso
 def _compared(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
     """The four values of each prediction, (4, tokens) float64, a few tokens at a time."""
     each = [logits(m, ids.to(m.device)) for m in (model, reference)]
-    targets = ids[:, 1:].flatten().split(tokens_at_once(model))
+    targets = ids[:, 1:].long().flatten().split(tokens_at_once(model))
     for *pair, target in zip(*each, targets, strict=True):
         log_q, log_p = (part.to(model.device).float().log_softmax(-1) for part in pair)
         at = target[:, None].to(log_q.device)

@@ -120,7 +120,7 @@ def _exponential(total: float, windows: Tensor) -> float:
 
 def _loss(model: PreTrainedModel, ids: Tensor, outputs: Tensor | None = None) -> float:
     """Summed negative log-likelihood of all tokens but the first of each window."""
-    targets = ids[:, 1:].flatten().split(tokens_at_once(model))
+    targets = ids[:, 1:].long().flatten().split(tokens_at_once(model))
     total = torch.zeros((), dtype=torch.float64)
     for part, target in zip(logits(model, ids, outputs), targets, strict=True):
         loss = nn.functional.cross_entropy(part.float(), target, reduction="none")

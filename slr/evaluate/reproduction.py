@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,8 +36,9 @@ from slr.methods.blockwise import plan_layers, prepare_block
 from slr.model import data
 from slr.model.block import LayerReport, compress_block
 from slr.model.calibrate import first_inputs
+from slr.model.edges import check_entries, is_mapping, is_number, or_none
 from slr.model.recipe import Recipe
-from slr.model.stream import Stream
+from slr.model.stream import Stream, read_json
 
 __all__ = [
     "REPAIRS",
@@ -52,6 +54,9 @@ __all__ = [
 ]
 
 
+CELL = {"perplexity": ("a number or null", or_none(is_number)), "what": ("a mapping", is_mapping)}
+
+
 def suggested_model() -> str:
     """A hub model for this machine: LLaMA-7B with 14 GB of GPU memory, else one of 135M."""
     if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 14e9:
@@ -65,8 +70,8 @@ def grid(spec: Spec, out: str | Path) -> dict[str, dict[str, float]]:
     for cell in spec.cells():
         file = cell.file(Path(out))
         if file.is_file():
-            told = json.loads(file.read_text(encoding="utf-8"))
-            found[cell.row][cell.column] = told["perplexity"]
+            value = _read(file)["perplexity"]
+            found[cell.row][cell.column] = math.nan if value is None else value
     return {
         row: {c: cells[c] for c in ("dense", *spec.columns) if c in cells}
         for row, cells in found.items()
@@ -211,7 +216,7 @@ def _there(file: Path, what: dict) -> bool:
     """Whether the cell was measured, and measured the same way."""
     if not file.is_file():
         return False
-    before, now = json.loads(file.read_text(encoding="utf-8"))["what"], json.loads(json.dumps(what))
+    before, now = _read(file)["what"], json.loads(json.dumps(what))
     if before.get("recipe"):  # files of earlier versions tell options without effect too
         before["recipe"] = json.loads(json.dumps(Recipe.from_dict(before["recipe"]).as_dict()))
     for name in now:
@@ -223,6 +228,25 @@ def _there(file: Path, what: dict) -> bool:
     return True
 
 
+def _read(file: Path) -> dict:
+    """A cell.  Raises ValueError if the file is none."""
+    told = read_json(file)
+    check_entries(str(file), told, CELL)
+    return told
+
+
 def _write(file: Path, told: dict) -> None:
+    """A number that is not finite is written as null, for that is all that JSON has."""
     file.parent.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
     write_text(file, json.dumps(told, indent=1) + "\n")
+=======
+    value = told["perplexity"]
+    told = {**told, "perplexity": value if math.isfinite(value) else None}
+    text = json.dumps(told, indent=1, allow_nan=False) + "\n"
+    write_atomically(file, lambda path: _text(path, text))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+>>>>>>> h5

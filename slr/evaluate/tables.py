@@ -9,13 +9,14 @@ Book: chapter 10.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from slr.model.edges import check_entries, is_mapping, is_text, is_whole, or_none
 from slr.model.recipe import Recipe
 
 __all__ = ["REPAIRS", "Cell", "Spec", "as_text", "published", "specs"]
@@ -28,6 +29,30 @@ REPAIRS = {
     "activations": "refined-activations",
     "eora": "eora",
     "pcp": "pcp",
+}
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+def _dtype(value: Any) -> bool:
+    return value in ("float32", "bfloat16", "float16")
+
+
+def _at_least(least: int) -> Callable[[Any], bool]:
+    return lambda value: is_whole(value) and value >= least
+
+
+# What a JSON file has to say.
+FIELDS = {
+    **{key: ("text", is_text) for key in ("title", "model", "text", "calibration")},
+    **{key: ("a list of names", _names) for key in ("masks", "repairs", "columns")},
+    "dtype": ("float32, bfloat16 or float16", _dtype),
+    "seqlen": ("2 tokens or more", _at_least(2)),
+    "limit": ("null, or 1 window or more", or_none(_at_least(1))),
+    "recipe": ("a mapping", is_mapping),
+    "published": ("null, or a file's name", or_none(is_text)),
 }
 
 
@@ -92,7 +117,18 @@ class Spec:
             known = ", ".join(specs())
             raise ValueError(f"table {name!r} is neither one of {known} nor a JSON file")
         try:
-            spec = cls(name=name, **json.loads(text))
+            told = json.loads(text)
+            for key in told if is_mapping(told) else []:
+                if key not in FIELDS:
+                    raise ValueError(f"{key!r} is unknown; it may say {', '.join(FIELDS)}")
+            check_entries(
+                "the spec", {"published": None, **told} if is_mapping(told) else told, FIELDS
+            )
+            spec = cls(name=name, **told)
+            for repair in spec.repairs:
+                if repair not in REPAIRS:
+                    known = ", ".join(REPAIRS)
+                    raise ValueError(f"repair {repair!r} is unknown; it must be one of {known}")
             list(spec.cells())
         except (TypeError, ValueError) as error:
             raise ValueError(f"table {name!r}: {error}") from None

@@ -39,6 +39,18 @@ class Known:
         gram = statistic.gram() if isinstance(statistic, GramStatistic) else None
         return cls(statistic.norm(), gram)
 
+    @property
+    def silent(self) -> bool:
+        """Whether what is known says that no channel ever carried anything."""
+        loud = [self.norm, None if self.gram is None else self.gram.diagonal()]
+        return any(each is not None and not bool(each.any()) for each in loud)
+
+    def alike(self) -> Known:
+        """The same kinds of knowledge of inputs that are all alike: norms 1, moments those of I."""
+        norm = None if self.norm is None else torch.ones_like(self.norm)
+        gram = None if self.gram is None else torch.eye(len(self.gram)).to(self.gram)
+        return Known(norm, gram)
+
 
 class Task(NamedTuple):
     """One matrix (m, n), the pattern it is to have, what is known of its inputs, and chance."""

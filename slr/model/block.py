@@ -6,6 +6,7 @@ Book: chapter 5.
 from __future__ import annotations
 
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,12 @@ from tqdm import tqdm
 
 from slr.layer.linear import SLRLinear
 from slr.matrix.filled import row_blocks
+<<<<<<< HEAD
 from slr.matrix.metric import relative
 from slr.matrix.pruners import Known
+=======
+from slr.matrix.pruners import Known, Magnitude
+>>>>>>> h5
 from slr.matrix.result import Refined
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import Compressed, prune_and_repair
@@ -63,15 +68,19 @@ class LayerReport(NamedTuple):
 
 
 def compress_layer(
-    weight: Tensor, recipe: Recipe, *, known: Known | None = None, seed: int = 0
-) -> Compressed:
+    weight: Tensor, recipe: Recipe, *, known: Known | None = None, seed: int = 0,
+    name: str = "the layer",
+) -> Compressed:  # fmt: skip
     """Prune and repair one matrix by a recipe (whose `rank` is definite).
 
     Args:
         weight: (m, n).
         recipe: what to do.
-        known: norms and second moments of the layer's inputs, as ``recipe.statistic`` says.
+        known: norms and second moments of the layer's inputs, as ``recipe.statistic`` says.  If
+            they are all zero, weights are kept by magnitude and repaired as if all inputs were
+            alike, and a warning names the layer.
         seed: for a random mask and the solver's start.
+        name: of the layer.
 
     Returns:
         S, B, A and the mask, and what pruning left; without repair the factors have rank 0.
@@ -80,9 +89,15 @@ def compress_layer(
         ValueError: what the steps say, of the weight or of what is known.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
-    return prune_and_repair(
-        weight, recipe.prune, recipe.pattern, recipe.refine, known, generator
-    )  # fmt: skip
+    pruner = recipe.prune
+    if known is not None and known.silent:
+        warnings.warn(
+            f"{name}: its inputs are all zero on the calibration text; its weights are kept by "
+            "magnitude",
+            stacklevel=2,
+        )
+        pruner, known = Magnitude() if pruner.needs else pruner, known.alike()
+    return prune_and_repair(weight, pruner, recipe.pattern, recipe.refine, known, generator)
 
 
 @torch.no_grad()
@@ -160,7 +175,7 @@ def _shared(
     refined, errors = None, None
     if distributed.rank() == owner:
         try:
-            made = compress_layer(linear.weight.data, recipe, known=known, seed=seed)
+            made = compress_layer(linear.weight.data, recipe, known=known, seed=seed, name=name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         refined, errors = made.refined, measure(linear.weight.data, made, known)

@@ -14,7 +14,14 @@ import torch
 
 from slr.model import hf
 
+<<<<<<< HEAD
 __all__ = ["check_config", "first_line", "reading"]
+=======
+__all__ = [
+    "check_config", "check_dtypes", "check_entries", "first_line", "is_mapping", "is_number",
+    "is_text", "is_whole", "or_none", "reading",
+]  # fmt: skip
+>>>>>>> h5
 
 
 def first_line(error: BaseException) -> str:
@@ -46,54 +53,98 @@ def reading(what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be used ({first_line(error)})") from error
 
 
+<<<<<<< HEAD
 def _whole(value: Any) -> bool:
+=======
+NAMES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # to torch
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_dtypes(file: Path, handle: Any) -> None:
+    """Raise ValueError if a safetensors file holds weights that are not of 16 bits or more.
+
+    Those of 8 bits and less mean something only together with scales, which slr does not read.
+
+    Args:
+        file: its path, for the message.
+        handle: of the open file.
+    """
+    for name in sorted(handle.keys()):
+        kind = handle.get_slice(name).get_dtype()
+        weighs = kind.startswith("F") or name.endswith((".weight", ".bias"))
+        if weighs and kind not in FLOATS:
+            raise ValueError(
+                f"{file}: tensor {name} has dtype {NAMES.get(kind, kind)}; slr reads weights of "
+                "16, 32 or 64 bits: convert the checkpoint first"
+            )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether JSON gave a whole number, 0 or more."""
+>>>>>>> h5
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether JSON gave a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether JSON gave text."""
     return isinstance(value, str)
 
 
-def _mapping(value: Any) -> bool:
+def is_mapping(value: Any) -> bool:
+    """Whether JSON gave a mapping."""
     return isinstance(value, dict)
 
 
-def _or_none(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def or_none(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """`kind`, or null."""
     return lambda value: value is None or kind(value)
 
 
 def _shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_whole(v) and v for v in value)
+    return isinstance(value, list) and len(value) == 2 and all(is_whole(v) and v for v in value)
 
 
-DENSE = {"model_type": ("a name", _text), "num_hidden_layers": ("a number of blocks", _whole)}
+DENSE_TYPE = {"model_type": ("a name", or_none(is_text))}
+DENSE = {"model_type": ("a name", is_text), "num_hidden_layers": ("a number of blocks", is_whole)}
 ABOUT = {
-    "dense": ("a mapping", _mapping),
-    "source": ("a name or null", _or_none(_text)),
-    "recipe": ("a mapping", _mapping),
-    "calibration": ("a mapping or null", _or_none(_mapping)),
-    "layers": ("a mapping", _mapping),
+    "dense": ("a mapping", is_mapping),
+    "source": ("a name or null", or_none(is_text)),
+    "recipe": ("a mapping", is_mapping),
+    "calibration": ("a mapping or null", or_none(is_mapping)),
+    "layers": ("a mapping", is_mapping),
 }
 ORIGIN = {
-    "folder": ("a path or null", _or_none(_text)), "fingerprint": ("a mapping", _mapping)
+    "folder": ("a path or null", or_none(is_text)), "fingerprint": ("a mapping", is_mapping)
 }  # fmt: skip
 LAYER = {
     "shape": ("two sizes", _shape),
-    "pattern": ("a pattern or null", _or_none(_text)),
-    "rank": ("a whole number", _whole),
-    "kept": ("a whole number", _whole),
+    "pattern": ("a pattern or null", or_none(is_text)),
+    "rank": ("a whole number", is_whole),
+    "kept": ("a whole number", is_whole),
     "bias": ("true or false", lambda value: isinstance(value, bool)),
-    "pruned_error": ("a number", _number),
-    "error": ("a number", _number),
-    "output_error": ("a number or null", _or_none(_number)),
+    "pruned_error": ("a number", is_number),
+    "error": ("a number", is_number),
+    "output_error": ("a number or null", or_none(is_number)),
 }
 
 
-def _check(where: str, value: Any, entries: dict) -> None:
+def check_entries(where: str, value: Any, entries: dict) -> None:
+    """Raise ValueError unless `value` is a mapping with these entries, and perhaps others.
+
+    Args:
+        where: its name, for messages.
+        value: what a file holds.
+        entries: of each key, what it must be in words and as a predicate.
+
+    >>> check_entries("spec", {"seqlen": "x"}, {"seqlen": ("a whole number", is_whole)})
+    Traceback (most recent call last):
+    ValueError: spec: 'seqlen' is 'x'; it must be a whole number
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {_short(value)}; it must be a mapping")
     for key, (what, fits) in entries.items():
@@ -119,10 +170,16 @@ def check_config(raw: Any, file: Path) -> dict:
         `raw`.
 
     Raises:
-        ValueError: no mapping, another format, or an entry that is missing or of another kind.
+        ValueError: no mapping, another format, a quantised model, or an entry that is missing or
+            of another kind.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is {_short(raw)}; it must be a mapping")
+    check_entries(str(file), {"model_type": None, **raw}, DENSE_TYPE)
+    quantised = raw.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"{file.parent} is quantised ({method}); slr reads 16 or 32-bit weights")
     if hf.NAME not in raw:
         if raw.get("model_type") == hf.NAME:
             raise ValueError(f"{file} lacks 'slr', what a compressed checkpoint says of itself")
@@ -131,11 +188,11 @@ def check_config(raw: Any, file: Path) -> dict:
     if isinstance(about, dict) and about.get("format") != hf.FORMAT:
         found = about.get("format")
         raise ValueError(f"{file} has format {found}, but slr reads format {hf.FORMAT}")
-    _check(where, about, ABOUT)
-    _check(f"{where}.'dense'", about["dense"], DENSE)
-    _check(f"{where}.'recipe'", about["recipe"], {"refine": ("a name", _text)})
+    check_entries(where, about, ABOUT)
+    check_entries(f"{where}.'dense'", about["dense"], DENSE)
+    check_entries(f"{where}.'recipe'", about["recipe"], {"refine": ("a name", is_text)})
     if about.get("origin") is not None:
-        _check(f"{where}.'origin'", about["origin"], ORIGIN)
+        check_entries(f"{where}.'origin'", about["origin"], ORIGIN)
     for name, layer in about["layers"].items():
-        _check(f"{where}.'layers'.{name!r}", layer, LAYER)
+        check_entries(f"{where}.'layers'.{name!r}", layer, LAYER)
     return raw

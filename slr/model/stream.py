@@ -60,10 +60,6 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict | None]:
     kind = _kind(raw)
     if kind not in FAMILIES:
         raise ValueError(f"model type {kind!r} is not supported; slr knows {', '.join(FAMILIES)}")
-    if raw.get("quantization_config") is not None:
-        told = raw["quantization_config"]
-        method = told.get("quant_method", told) if isinstance(told, dict) else told
-        raise ValueError(f"{folder} is quantised ({method}); slr compresses 16 or 32-bit weights")
     with reading(str(file)):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     about = getattr(config, "quantization_config", None)

@@ -30,7 +30,7 @@ from slr.methods.induction.scales import (
 )
 from slr.model.calibrate import BlockInputs, observe
 
-__all__ = ["BlockLoss", "soft_mask", "starting_scales"]
+__all__ = ["BlockLoss", "SilentError", "soft_mask", "starting_scales"]
 
 READER = {  # one of the linears that read a scale's channels
     "attention": "self_attn.q_proj",
@@ -39,6 +39,10 @@ READER = {  # one of the linears that read a scale's channels
     "hidden": "mlp.down_proj",
 }
 POWER_STEPS = 3  # of the power iteration in a training step; ten times more at first
+
+
+class SilentError(ValueError):
+    """Inputs that are all zero, so that there is nothing to scale by."""
 
 
 @torch.no_grad()
@@ -55,7 +59,7 @@ def starting_scales(
         fixed: names of scales that stay 1.
 
     Raises:
-        ValueError: an input that is not finite, or all zero.
+        ValueError: an input that is not finite, or (:class:`SilentError`) all zero.
 
     Cost: one forward pass of the block over all windows, and its Gram matrices.
     """
@@ -72,7 +76,7 @@ def starting_scales(
             shape = (-1, attention.num_key_value_groups, attention.head_dim)
             energy = energy.view(shape).mean(1).flatten()
         if not bool(energy.any()):
-            raise ValueError(f"inputs of {READER[name]} are all zero; there is nothing to scale by")
+            raise SilentError(f"inputs of {READER[name]} are all zero; nothing to scale by")
         # A dead channel has no norm; its scale must be something.
         heard = energy.clamp_min(4.0**-LARGEST * float(energy.max()))
         if name not in fixed:

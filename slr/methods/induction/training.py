@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slr.matrix.patterns import parse
-from slr.methods.induction.loss import BlockLoss, starting_scales
+from slr.methods.induction.loss import BlockLoss, SilentError, starting_scales
 from slr.methods.induction.options import Induction, check_pattern
 from slr.methods.induction.scales import Scales, absorb
 from slr.model import distributed
@@ -135,6 +135,7 @@ def induce_block(
 
     Returns:
         What :func:`train_scales` returns.  Norm weights and biases of the block have changed too.
+        A block with inputs that are all zero keeps its scales, and a warning says so.
 
     Raises:
         ValueError: as :func:`train_scales`, or more than one process; the block is as it was.
@@ -151,7 +152,11 @@ def induce_block(
     """
     if distributed.world() > 1:
         raise ValueError(f"induction trains in one process, not in {distributed.world()}")
-    found = train_scales(block, inputs, index, options)
+    try:
+        found = train_scales(block, inputs, index, options)
+    except SilentError as error:
+        warnings.warn(f"block {index}: {error}, and the block keeps its scales", stacklevel=2)
+        return Trained(Scales.ones(block), ())
     absorb(block, found.scales)
     return found
 
