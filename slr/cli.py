@@ -217,7 +217,7 @@ def _tasks(
 
     _say(f"{model}: lm-eval tasks {', '.join(names)}")
     loaded = slr.load(folder, dtype=getattr(torch, dtype))
-    torch.nn.Module.to(loaded, device)  # transformers' own refuses what it takes for quantised
+    torch.nn.Module.to(loaded, device)  # transformers' own has no types
     found = tasks(
         loaded, load_tokenizer(folder), names, limit=limit, folder=task_folder,
         seqlen=context(folder),

@@ -74,7 +74,7 @@ def export(model: str | Path, out: str | Path, to: str) -> Path:
             _adapter(journal.folder / "adapter", layers, factors, str(out))
         config = hf.reveal(read_json(folder / "config.json"))
         del config["quantization_config"]
-        return journal.finish(json.dumps(config, indent=1) + "\n")
+        return journal.finish(json.dumps(config, indent=1, allow_nan=False) + "\n")
 
 
 def _plain(name: str, block: nn.Module, to: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:

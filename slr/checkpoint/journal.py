@@ -174,7 +174,7 @@ class Journal:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _write(self) -> None:
-        text = json.dumps({"key": self.key, "entries": self.entries}, indent=1)
+        text = json.dumps({"key": self.key, "entries": self.entries}, indent=1, allow_nan=False)
         write_atomically(self.folder / NAME, lambda file: _text(file, text))
 
     def __contains__(self, name: str) -> bool:

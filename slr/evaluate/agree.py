@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slr.evaluate.likelihood import TOKENS_AT_ONCE
+from slr.model.blocks import in_mode
 from slr.model.data import check_vocabulary
 
 if TYPE_CHECKING:
@@ -78,9 +79,8 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tenso
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    was_training = model.training
-    logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
-    model.train(was_training)
+    with in_mode(model, False):
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
     return logits.float().log_softmax(-1)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slr.model.blocks import in_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,8 +57,11 @@ def tasks(
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"task {unknown[0]!r} is unknown to lm-eval")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen)
-    found = lm_eval.simple_evaluate(
-        model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
-    )
+    with in_mode(model, False):
+        wrapped = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen
+        )
+        found = lm_eval.simple_evaluate(
+            model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
+        )
     return {task: dict(scores) for task, scores in found["results"].items()}

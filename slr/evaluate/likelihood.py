@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from slr.checkpoint.folder import context, load, load_tokenizer, resolve
 from slr.matrix.checks import check_count
+from slr.model.blocks import in_mode
 from slr.model.calibrate import BlockInputs, first_inputs, logits
 from slr.model.data import check_vocabulary, windows
 from slr.model.stream import Stream
@@ -116,14 +117,12 @@ def _loss(logits: Tensor, ids: Tensor) -> float:
 @torch.inference_mode()
 def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
     check_vocabulary(text, model.config)
-    was_training = model.training
-    model.eval()
     total = 0.0
     rows = max(1, TOKENS_AT_ONCE // text.shape[1])
-    for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
-        ids = ids.to(model.device)
-        total += _loss(model(input_ids=ids, use_cache=False).logits, ids)
-    model.train(was_training)
+    with in_mode(model, False):
+        for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
+            ids = ids.to(model.device)
+            total += _loss(model(input_ids=ids, use_cache=False).logits, ids)
     return total
 
 
