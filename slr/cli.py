@@ -192,7 +192,7 @@ def _tasks(
 
     say(f"{model}: lm-eval tasks {names}")
     loaded = slr.load(model, dtype=dtype)
-    nn.Module.to(loaded, device)
+    nn.Module.to(loaded, device)  # transformers' own has no types
     each = [name.strip() for name in names.split(",")]
     found = harness.tasks(
         loaded, load_tokenizer(model), each, limit=limit, folder=task_folder, seqlen=seqlen

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM
 
 import slr
 from slr.checkpoint.folder import about
@@ -321,6 +322,73 @@ def test_systems_by_the_same_verb(small, windows, system):
     dense = sum(r.shape[0] * r.shape[1] for r in reports)
     assert sum(r.kept + r.rank * sum(r.shape) for r in reports) <= 0.4 * dense
     assert sum(isinstance(m, slr.SLRLinear) for m in model.modules()) == 14
+
+
+def dropping(rate=0.5):
+    """A random OPT in training mode, but for one module; it has dropout."""
+    config = OPTConfig(
+        vocab_size=4096, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=1, dropout=rate,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model = OPTForCausalLM(config).train()
+    model.model.decoder.layers[1].fc1.eval()
+    return model
+
+
+def modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    "recipe", [slr.Recipe(prune="wanda", refine="none"), slr.CAP(budget=0.4, steps=2),
+               slr.LoSparse(budget=0.4, steps=2)],
+)  # fmt: skip
+def test_dropout_is_off_while_looking_and_modes_come_back(windows, recipe):
+    masks = []
+    for seed in (0, 1):
+        model = dropping(0 if isinstance(recipe, slr.LoSparse) else 0.5)
+        before = modes(model)
+        torch.manual_seed(seed)
+        slr.compress(model, recipe, calibration=windows)
+        assert modes(model) == before
+        layers = [m for m in model.modules() if isinstance(m, slr.SLRLinear)]
+        masks.append(torch.cat([m.mask.flatten() for m in layers]))
+    assert torch.equal(*masks)
+
+
+def test_modes_come_back_after_an_error_and_after_looking(windows, monkeypatch):
+    model = dropping()
+    before = modes(model)
+    assert slr.perplexity(model, windows) == slr.perplexity(model, windows)
+    assert modes(model) == before
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("slr.methods.blockwise.compress_block", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        slr.compress(model, slr.Recipe(prune="wanda", refine="none"), calibration=windows)
+    assert modes(model) == before
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [slr.Recipe(prune="magnitude", refine="none"), slr.Recipe(prune="wanda", rank=2, iterations=1),
+     slr.CAP(budget=0.4, steps=1), slr.LoSparse(budget=0.4, steps=1)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_errors_of_a_zero_matrix_are_numbers(model, windows, recipe, tmp_path):
+    name = "model.layers.1.self_attn.o_proj"
+    model.get_parameter(f"{name}.weight").data.zero_()
+    reports = {report.name: report for report in slr.compress(model, recipe, calibration=None if
+               not recipe.needs_data else windows)}  # fmt: skip
+    exact = not model.get_submodule(name).dense().any()
+    assert reports[name].error == reports[name].pruned_error == (0 if exact else 1)
+    assert reports[name].output_error in (None, 0)
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    json.loads(text, parse_constant=lambda found: pytest.fail(f"{found} is not JSON"))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def add_small_files(journal: Journal, source: Path) -> int:
     where = {name: file for file in files for name in journal.entries[file]["tensors"]}
     size = sum((journal.folder / file).stat().st_size for file in files)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-    journal.add_text(INDEX, json.dumps(index, indent=1) + "\n")
+    journal.add_text(INDEX, json.dumps(index, indent=1, allow_nan=False) + "\n")
     for file in small_files(source):
         journal.add_copy(file)
     return size
@@ -51,4 +51,4 @@ def complete(stream: Stream, journal: Journal, notes: dict) -> None:
     before = sum(file.stat().st_size for file in stream.files.files)
     journal.add_text("README.md", card(notes, before, size))
     raw = {**read_raw(stream.folder), "num_hidden_layers": stream.config.num_hidden_layers}
-    journal.finish(json.dumps(hf.disguise(raw, notes), indent=1) + "\n")
+    journal.finish(json.dumps(hf.disguise(raw, notes), indent=1, allow_nan=False) + "\n")

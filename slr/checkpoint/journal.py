@@ -210,7 +210,8 @@ class Journal:
         now = {
             "key": self.key, "memory": self.memory, "files": self.names, "entries": self.entries
         }  # fmt: skip
-        write_text(self.work / NAME, json.dumps({**now, "sha256": _digest(now)}, indent=1) + "\n")
+        told = {**now, "sha256": _digest(now)}
+        write_text(self.work / NAME, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
     def _begin(self, name: str) -> Path:
         """List a file before it is written, so that it is known to be ours."""

@@ -8,7 +8,6 @@ Book: chapter 11.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tenso
     for each in (model, reference):
         check_windows(windows, each.config)
     parts = []
-    with _evaluating(model, reference):
+    with in_mode(model, False), in_mode(reference, False):
         for ids in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
             values = torch.cat(list(_compared(model, reference, ids)), 1)
             parts.append(values.view(4, len(ids), -1).mean(2).cpu())
@@ -86,19 +85,6 @@ def _compared(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -
             -log_p.gather(-1, at)[:, 0],
         )
         yield torch.stack([value.double() for value in values])
-
-
-@contextmanager
-def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """While open, the models are in evaluation mode."""
-    before = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
 
 
 def bootstrap(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from slr.matrix.checks import check_count, check_seqlen
+from slr.model.blocks import in_mode
 from slr.model.data import check_positions
 from slr.model.edges import reading
 
@@ -77,7 +78,7 @@ def tasks(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen,
         trust_remote_code=False,
     )  # fmt: skip
-    with reading(f"task {', '.join(names)}"):
+    with reading(f"task {', '.join(names)}"), in_mode(model, False):
         found = lm_eval.simple_evaluate(
             model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
         )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from slr.checkpoint.folder import context, load, load_tokenizer, resolve
 from slr.matrix.checks import check_count
+from slr.model.blocks import in_mode
 from slr.model.calibrate import BlockInputs, first_inputs
 from slr.model.data import check_windows, windows
 from slr.model.heads import logits, tokens_at_once
@@ -131,14 +132,12 @@ def _loss(model: PreTrainedModel, ids: Tensor, outputs: Tensor | None = None) ->
 @torch.inference_mode()
 def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
     check_windows(text, model.config)
-    was_training = model.training
-    model.eval()
     total = 0.0
     rows = max(1, TOKENS_AT_ONCE // text.shape[1])
-    for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
-        ids = ids.to(model.device)
-        total += _loss(model, ids)
-    model.train(was_training)
+    with in_mode(model, False):
+        for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
+            ids = ids.to(model.device)
+            total += _loss(model, ids)
     return total
 
 

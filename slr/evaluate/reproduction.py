@@ -238,15 +238,6 @@ def _read(file: Path) -> dict:
 def _write(file: Path, told: dict) -> None:
     """A number that is not finite is written as null, for that is all that JSON has."""
     file.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-    write_text(file, json.dumps(told, indent=1) + "\n")
-=======
     value = told["perplexity"]
     told = {**told, "perplexity": value if math.isfinite(value) else None}
-    text = json.dumps(told, indent=1, allow_nan=False) + "\n"
-    write_atomically(file, lambda path: _text(path, text))
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
->>>>>>> h5
+    write_text(file, json.dumps(told, indent=1, allow_nan=False) + "\n")

@@ -15,12 +15,8 @@ from tqdm import tqdm
 
 from slr.layer.linear import SLRLinear
 from slr.matrix.filled import row_blocks
-<<<<<<< HEAD
 from slr.matrix.metric import relative
-from slr.matrix.pruners import Known
-=======
 from slr.matrix.pruners import Known, Magnitude
->>>>>>> h5
 from slr.matrix.result import Refined
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import Compressed, prune_and_repair

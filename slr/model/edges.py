@@ -14,14 +14,10 @@ import torch
 
 from slr.model import hf
 
-<<<<<<< HEAD
-__all__ = ["check_config", "first_line", "reading"]
-=======
 __all__ = [
-    "check_config", "check_dtypes", "check_entries", "first_line", "is_mapping", "is_number",
-    "is_text", "is_whole", "or_none", "reading",
+    "check_config", "check_entries", "first_line", "is_mapping", "is_number", "is_text",
+    "is_whole", "or_none", "reading",
 ]  # fmt: skip
->>>>>>> h5
 
 
 def first_line(error: BaseException) -> str:
@@ -53,35 +49,8 @@ def reading(what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be used ({first_line(error)})") from error
 
 
-<<<<<<< HEAD
-def _whole(value: Any) -> bool:
-=======
-NAMES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # to torch
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def check_dtypes(file: Path, handle: Any) -> None:
-    """Raise ValueError if a safetensors file holds weights that are not of 16 bits or more.
-
-    Those of 8 bits and less mean something only together with scales, which slr does not read.
-
-    Args:
-        file: its path, for the message.
-        handle: of the open file.
-    """
-    for name in sorted(handle.keys()):
-        kind = handle.get_slice(name).get_dtype()
-        weighs = kind.startswith("F") or name.endswith((".weight", ".bias"))
-        if weighs and kind not in FLOATS:
-            raise ValueError(
-                f"{file}: tensor {name} has dtype {NAMES.get(kind, kind)}; slr reads weights of "
-                "16, 32 or 64 bits: convert the checkpoint first"
-            )
-
-
 def is_whole(value: Any) -> bool:
     """Whether JSON gave a whole number, 0 or more."""
->>>>>>> h5
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
