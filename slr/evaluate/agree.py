@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slr.evaluate.likelihood import TOKENS_AT_ONCE
+from slr.model.blocks import in_mode
 from slr.model.data import check_windows
 from slr.model.heads import logits, tokens_at_once
 
