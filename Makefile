@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 LONG := $(foreach n,03 11 08 09 05 14 12,$(wildcard notebooks/$(n)_*.ipynb))
 CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb)))
 
-.PHONY: help setup book test fuzz browser-test lint format notebooks serve clean repo
+.PHONY: help setup book test fuzz chaos browser-test lint format notebooks serve clean repo
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -50,6 +50,10 @@ fuzz: .venv/.ready  ## property tests on many random examples (SEED=… repeats 
 	@seed=$(or $(SEED),$$RANDOM$$RANDOM); echo "make fuzz SEED=$$seed"; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
 	  -m hypothesis --hypothesis-profile=random --hypothesis-seed=$$seed tests
+
+chaos: .venv/.ready  ## kill, fill, flip and corrupt, for an hour; two tables
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corrupt.py
 
 browser-test: .venv/.ready  ## look at the built book in Chromium (after make book)
 	$(BIN)/python -m pytest tests/browser/check_pages.py
