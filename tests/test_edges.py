@@ -1,8 +1,10 @@
 """No traceback reaches a user: malformed files of all sorts, and the command's own last net."""
 
+import ast
 import builtins
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 import slr
 from slr.cli import app
+from slr.evaluate import reproduction
 
 PRUNE = slr.Recipe(prune="magnitude", refine="none")
 
@@ -272,3 +275,27 @@ def test_a_specification_of_a_table(tmp_path, change, says):
     file = tmp_path / "table.json"
     file.write_text(change if isinstance(change, str) else json.dumps({**spec, **change}))
     one_line(run("reproduce", file, "--out", tmp_path / "x"), "table 'table'", says)
+
+
+def test_every_loader_is_told_to_trust_nothing():
+    root, seen = Path(slr.__file__).parent, []
+    for file in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if name in ("from_pretrained", "from_config", "load_dataset", "HFLM"):
+                told = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert told.get("trust_remote_code") == "False", f"{file}:{node.lineno}"
+                seen.append(name)
+    assert set(seen) == {"from_pretrained", "from_config", "load_dataset", "HFLM"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_cell_that_is_no_number_is_null(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(reproduction, "measure", lambda *args, **options: (value, []))
+    spec = reproduction.Spec.read("tiny")
+    found = reproduction.reproduce(spec, tmp_path, rows=["dense"])
+    assert str(found["dense"]["dense"]) == "nan"
+    assert '"perplexity": null' in (tmp_path / "dense" / "dense.json").read_text()
+    (tmp_path / "dense" / "dense.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"dense.json lacks 'perplexity', a number or null"):
+        reproduction.reproduce(spec, tmp_path, rows=["dense"])

@@ -5,6 +5,9 @@ Book: chapter 11.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +81,7 @@ def tasks(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=seqlen,
         trust_remote_code=False,
     )  # fmt: skip
-    with reading(f"task {', '.join(names)}"), in_mode(model, False):
+    with _quiet("datasets"), reading(f"task {', '.join(names)}"), in_mode(model, False):
         found = lm_eval.simple_evaluate(
             model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
         )
@@ -97,6 +100,18 @@ def rows(found: dict) -> list[tuple[str, str]]:
         for metric, value in scores.items()
         if isinstance(value, float)
     ]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """While open, a library's log says nothing: it prints tracebacks of what it raises as well."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_files(folder: Path) -> None:
