@@ -1,9 +1,6 @@
 """Our Triton kernels: interpreted on the CPU, and compiled for GPUs that are not here."""
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 import re
 import subprocess
 import sys

@@ -1,6 +1,6 @@
 """Checkpoint folders: find and load them, dense or compressed.
 
-A compressed folder is a Hugging Face checkpoint: ``config.json`` (as :mod:`slr.model.hf` writes
+A compressed folder is a Hugging Face checkpoint: ``config.json`` (as :mod:`slr.model.format` writes
 it), one safetensors file for each decoder block and one for the rest, their index, the tokenizer
 and a model card.  A compressed layer is stored as ``values``, ``bitmask``
 (:mod:`slr.layer.packing`), ``B`` and ``A``; everything else as it was.

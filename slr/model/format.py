@@ -8,7 +8,7 @@ It is that of the dense model but for three entries:
   other way and filled with random weights;
 - ``"slr"`` has the true values of both, the recipe and the layers.
 
-Book: appendix on the format.
+Book: the checkpoint format.
 """
 
 from __future__ import annotations

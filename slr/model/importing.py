@@ -1,7 +1,4 @@
-"""Something to do when a package is imported, whoever imports it: plugins that cost nothing before.
-
-Book: appendix on the floors.
-"""
+"""What to do when a package is imported, whoever imports it: plugins that cost nothing before."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 so a merge makes the rank larger and loses nothing, and is undone by cutting the rank again.
 This module imports PEFT; :func:`slr.model.hf.install` imports it when that is there.
-Book: chapter 15.
+Book: how to use this book.
 """
 
 from __future__ import annotations

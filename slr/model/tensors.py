@@ -204,7 +204,9 @@ class TensorFiles:
                 )
             if dtype not in (FLOATS if wanted.is_floating_point() else (BITS,)):
                 kinds = "F32, F16 or BF16" if wanted.is_floating_point() else BITS
-                raise ValueError(f"{self.folder}: tensor {name} is {dtype}; it must be {kinds}")
+                raise ValueError(
+                    f"{self.folder}: tensor {name} has dtype {dtype}; it must be {kinds}"
+                )
 
 
 def _why(name: str) -> str:
