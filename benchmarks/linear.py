@@ -62,7 +62,7 @@ def ways(layer, dense, tokens: int, device: str) -> dict:
         except (ValueError, RuntimeError) as error:
             print(f"  without {name}: {str(error).splitlines()[0]}", file=sys.stderr)
     try:
-        alone = torch.sparse.to_sparse_semi_structured(layer.weight)
+        alone = torch.sparse.to_sparse_semi_structured(layer.weight.clone())
         found["torch, S alone"] = (alone, lambda S, x: linear(x, S))
     except (RuntimeError, NotImplementedError) as error:
         print(f"  without torch's own: {str(error).splitlines()[0]}", file=sys.stderr)

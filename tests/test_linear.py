@@ -207,6 +207,8 @@ def test_what_is_computed_from_it_is_plain():
     x[layer.mask] = 0
     assert torch.equal(x.bool(), ~layer.mask)
     assert torch.equal(x.data.copy_(W.detach()), W)
+    compiled = torch.compile(lambda x: x @ layer.weight.T, backend="eager")
+    assert torch.equal(compiled(x), x @ W.T)
 
 
 def test_pickles_and_prepares_anew():

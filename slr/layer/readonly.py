@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
+from torch.compiler import is_compiling
 
 __all__ = ["ReadOnly", "read_only"]
 
@@ -47,7 +48,7 @@ class ReadOnly(Tensor):
 
 
 def read_only(tensor: Tensor) -> Tensor:
-    """The same tensor, guarded; gradients pass through.
+    """The same tensor, guarded; gradients pass through.  In code that is compiled it is plain.
 
     Cost: none.
 
@@ -60,7 +61,7 @@ def read_only(tensor: Tensor) -> Tensor:
     ValueError: this tensor is unpacked from an SLRLinear, and what is written into it would be \
 lost; write the layer's values, B, A or bias, or a clone()
     """
-    return tensor.as_subclass(ReadOnly)
+    return tensor if is_compiling() else tensor.as_subclass(ReadOnly)
 
 
 def _writes(name: str) -> bool:

@@ -50,7 +50,9 @@ class SLRLoraLinear(Linear):
     def update_layer(self, *args, **kwargs) -> None:
         """Add an adapter."""
         _check(kwargs["config"])
-        super().update_layer(*args, **kwargs)
+        with warnings.catch_warnings():  # here a layer without a bias gets one when merged
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+            super().update_layer(*args, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
