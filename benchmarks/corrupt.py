@@ -365,6 +365,8 @@ def command(draw: random.Random, work: Path) -> list[str]:
     given = [part for flag in some for part in (flag, flags[flag])]
     if name == "compress" and "--samples" not in some and draw.random() < 0.7:
         given += ["--samples", "2", "--seqlen", "32"]
+    if name == "eval" and "--limit" not in some:
+        given += ["--limit", "2"]
     out = ["--out", str(work / "out")] if name in ("compress", "export") else []
     more = ["--json"] if draw.random() < 0.2 else []
     return [name, where, *given, *out, *more]
