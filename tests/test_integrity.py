@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slr
@@ -97,6 +98,7 @@ CHANGES = {
 def test_a_folder_that_does_not_fit_is_not_loaded(folder, how, tmp_path):
     CHANGES[how](folder)
     for call in (
+        lambda: AutoModelForCausalLM.from_pretrained(folder),
         lambda: slr.load(folder),
         lambda: slr.perplexity(folder, torch.ones(1, 8, dtype=torch.long), stream=True),
         lambda: slr.export(folder, tmp_path / "dense", "dense"),

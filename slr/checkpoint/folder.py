@@ -16,6 +16,7 @@ import torch
 from slr import tiny
 from slr.checkpoint.digests import check_sums
 from slr.layer.linear import SLRLinear
+from slr.matrix.checks import check_finite
 from slr.model.edges import check_config, reading
 from slr.model.stream import ADAPTER, Stream, knows
 from slr.model.tensors import FLOATS, TensorFiles, read_json
@@ -192,8 +193,7 @@ def load(
                 f"{min(map(str, info[kind]))}"
             )
     for name, value in loaded.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{folder}: tensor {name} is not finite")
+        check_finite(f"{folder}: tensor {name}", value.detach())
     for layer in loaded.modules() if cache else ():
         if isinstance(layer, SLRLinear):
             layer.cache_()

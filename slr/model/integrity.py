@@ -17,11 +17,12 @@ from torch import nn
 
 from slr.layer.linear import SLRLinear
 from slr.matrix.checks import check_finite
+from slr.model.tensors import check_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_files", "check_layers", "named_as_in"]
+__all__ = ["check_files", "check_filled", "named_as_in"]
 
 PACKED = ("values", "bitmask", "B", "A")
 
@@ -54,28 +55,32 @@ def check_files(model: PreTrainedModel, files: Iterable[str], layers: Container[
 
     Raises:
         ValueError: a tensor of a compressed layer or of the base model that is missing or has
-            another shape; one of a compressed layer that the description does not have.
+            another shape or kind of dtype; one of a compressed layer that the description does
+            not have.
 
     Cost: reads the headers.
     """
-    shapes = {}
+    shapes, dtypes = {}, {}
     paths = [Path(file) for file in files if str(file).endswith(".safetensors")]
     for path in paths:
         try:
             with safe_open(path, "pt") as handle:
                 for name in handle.keys():  # noqa: SIM118
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    part = handle.get_slice(name)
+                    shapes[name], dtypes[name] = tuple(part.get_shape()), part.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short: {error}") from None
     if not paths:
         return
     folder = paths[0].parent
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     found = {}
     for name, shape in shapes.items():
         mine = _rename(model, name, expected)
         if mine is not None:
             found[mine] = shape
+            check_dtype(folder, name, dtypes[name], state[mine])
             continue
         layer, _, part = name.rpartition(".")
         if part in PACKED or _rename(model, layer, layers) is not None:
@@ -117,12 +122,11 @@ def _missing(
     ]
 
 
-def check_layers(model: nn.Module, name: str = "") -> None:
-    """Check the compressed layers of a model that has been filled, and make them ready.
+def check_filled(model: nn.Module) -> None:
+    """Check a compressed model that has been filled, and make its layers ready.
 
     Args:
-        model: or a part of one; layers on the meta device are passed over.
-        name: of the part.
+        model: tensors on the meta device are passed over.
 
     Raises:
         ValueError: a tensor with a value that is not finite, or values that do not belong to
@@ -130,13 +134,12 @@ def check_layers(model: nn.Module, name: str = "") -> None:
 
     Cost: one pass.
     """
-    for inner, layer in model.named_modules(prefix=name):
-        if not isinstance(layer, SLRLinear) or layer.values.is_meta:
-            continue
-        for part, tensor in layer.packed().items():
-            if part != "bitmask":
-                check_finite(f"the tensor {inner}.{part}", tensor)
-        try:
-            layer.check_()
-        except ValueError as error:
-            raise ValueError(f"{inner}: {error}") from None
+    for name, tensor in model.named_parameters():
+        if not tensor.is_meta:
+            check_finite(f"the tensor {name}", tensor.detach())
+    for name, layer in model.named_modules():
+        if isinstance(layer, SLRLinear) and not layer.values.is_meta:
+            try:
+                layer.check_()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slr.model.format import NAME, describe, place, state_dict
-from slr.model.integrity import check_files, check_layers, named_as_in
+from slr.model.integrity import check_files, check_filled, named_as_in
 
 __all__ = ["SLRConfig", "SLRQuantizer"]
 
@@ -56,7 +56,7 @@ class SLRQuantizer(HfQuantizer):
         check_files(model, checkpoint_files or (), layers)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        check_layers(model)
+        check_filled(model)
         model.is_quantized = False  # or transformers would refuse .half(), .float() and training
         return model
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slr.layer.linear import SLRLinear
+from slr.matrix.checks import check_finite
 from slr.model import hf
 from slr.model.blocks import Inputs, blocks_name, decoder_blocks, walk
 from slr.model.edges import check_config, reading
@@ -167,8 +168,7 @@ class Stream:
             value = tensors[full].to(self.device)
             if value.is_floating_point():
                 value = value.to(self.dtype)
-                if not bool(torch.isfinite(value).all()):
-                    raise ValueError(f"{self.folder}: tensor {full} is not finite")
+                check_finite(f"{self.folder}: tensor {full}", value)
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:

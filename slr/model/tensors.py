@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["INDEX", "TensorFiles", "read_json", "tied_to"]
+__all__ = ["INDEX", "TensorFiles", "check_dtype", "read_json", "tied_to"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -202,11 +202,14 @@ class TensorFiles:
                     f"{self.folder}: tensor {name} has shape {shape}, "
                     f"but config.json asks for {tuple(wanted.shape)}"
                 )
-            if dtype not in (FLOATS if wanted.is_floating_point() else (BITS,)):
-                kinds = "F32, F16 or BF16" if wanted.is_floating_point() else BITS
-                raise ValueError(
-                    f"{self.folder}: tensor {name} has dtype {dtype}; it must be {kinds}"
-                )
+            check_dtype(self.folder, name, dtype, wanted)
+
+
+def check_dtype(folder: Path, name: str, dtype: str, wanted: Tensor) -> None:
+    """Raise ValueError if safetensors' `dtype` of a tensor is not of the kind that is wanted."""
+    if dtype not in (FLOATS if wanted.is_floating_point() else (BITS,)):
+        kinds = "F32, F16 or BF16" if wanted.is_floating_point() else BITS
+        raise ValueError(f"{folder}: tensor {name} has dtype {dtype}; it must be {kinds}")
 
 
 def _why(name: str) -> str:
