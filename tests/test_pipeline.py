@@ -256,6 +256,13 @@ def test_another_recipe_or_source_does_not_resume(small, tmp_path):
     assert out.is_dir()
 
 
+def test_another_version_does_not_resume(small, tmp_path, monkeypatch):
+    stop_after_first_block(small, tmp_path / "out", FAST)
+    monkeypatch.setattr(slr, "__version__", "9.9.9")
+    with pytest.raises(ValueError, match=r"slr was '[0-9.]+', now '9.9.9'"):
+        slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "out")
+
+
 def test_two_runs_do_not_share_a_folder(small, tmp_path):
     with Journal(tmp_path / "out", {}), pytest.raises(ValueError, match="in use by another run"):
         slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "out")

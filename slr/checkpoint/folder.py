@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slr import tiny
-from slr.checkpoint.digests import check_sums
+from slr.checkpoint.digests import SUMS, check_sums
 from slr.layer.linear import SLRLinear
 from slr.matrix.checks import check_finite
 from slr.model.edges import check_config, reading
@@ -64,7 +64,7 @@ def _from_hub(name: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    allow = ["*.safetensors", "*.json", *COPIED]
+    allow = ["*.safetensors", "*.json", SUMS, "README.md", *COPIED]
     try:
         found = snapshot_download(
             name, allow_patterns=allow, ignore_patterns=["consolidated*", "original/*"],
