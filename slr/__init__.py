@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from slr.checkpoint.compression import compress
     from slr.checkpoint.exporting import export
     from slr.checkpoint.folder import load, load_tokenizer
-    from slr.checkpoint.integrity import verify
     from slr.checkpoint.sizes import checkpoint_account, model_account
+    from slr.checkpoint.verification import verify
     from slr.evaluate.likelihood import perplexity
     from slr.methods.blockwise import compress_model
     from slr.methods.cap.system import CAP
@@ -58,7 +58,7 @@ LATER = {
     "model_account": "checkpoint.sizes",
     "observe": "model.calibrate",
     "perplexity": "evaluate.likelihood",
-    "verify": "checkpoint.integrity",
+    "verify": "checkpoint.verification",
 }
 
 hf.install()

@@ -22,6 +22,7 @@ from slr.checkpoint.digests import check_sums, fingerprint
 from slr.checkpoint.finish import add_small_files
 from slr.checkpoint.folder import resolve, shard_name
 from slr.checkpoint.journal import Journal
+from slr.checkpoint.place import target
 from slr.checkpoint.sizes import check_space
 from slr.layer.linear import SLRLinear
 from slr.model import hf
@@ -58,7 +59,7 @@ def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False)
 
     if to not in FORMS:
         raise ValueError(f"to {to!r} is unknown; it must be one of {', '.join(FORMS)}")
-    folder = resolve(model)
+    out, folder = target(out), resolve(model)
     if verify:
         check_sums(folder)
     stream = Stream(folder)

@@ -26,7 +26,7 @@ def target(out: str | Path) -> Path:
             raise ValueError(f"{path} is a link to nothing; remove it or give another name")
         path = path.resolve()
     if not path.name or path.name == "..":
-        raise ValueError(f"out={str(out)!r} is not the name of a new folder")
+        raise ValueError(f"out {str(out)!r} is not the name of a new folder")
     return path
 
 
