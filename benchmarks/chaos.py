@@ -18,12 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import slr
 from slr.checkpoint import exporting, work
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork has the one thread that called it
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks, and a killed one keeps it
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
         rows = (row for name in args.only.split(",") for row in KINDS[name](lab, args.kills))
