@@ -1,6 +1,6 @@
 """Break a compression on purpose: kill it, fill its disk, change what it reads, run it twice.
 
-    python benchmarks/chaos.py [--kills 300] [--only kills,disks,…] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/chaos.py [--kills 300] [--only kills,disks,…] [--out FILE]
 
 Every method compresses a small random model (and exports it), first undisturbed.  Then it is
 disturbed, given the same command again as a user would, and every file of the end must have the
@@ -367,7 +367,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(KINDS))
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # a fork has the one thread that called it
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        raise SystemExit("give it OMP_NUM_THREADS=1: a fork has the one thread that called it")
     tqdm.set_lock(threading.RLock())  # its own is shared by forks, and a killed one keeps it
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
