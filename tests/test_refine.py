@@ -130,7 +130,7 @@ def test_invariants(m, groups, seed, solver, schedule, kind, dtype):
     assert refined.sparse.dtype == refined.B.dtype == refined.A.dtype == dtype
     assert refined.dense().isfinite().all()
     assert torch.equal(refined.dense(), again.dense())
-    assert len(refined.trace) == 9
+    assert len(refined.trace) >= 9  # more where it gave way to one SVD
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-5)
     assert abs(refined.error - error(W, refined)) <= unit * float(W.double().norm())
 
