@@ -15,9 +15,10 @@ from slr.checkpoint.digests import check_sums
 from slr.checkpoint.journal import Journal
 
 EVERY = """
-import os, signal, sys
+import sys
 from pathlib import Path
 import torch
+import killing
 from slr.checkpoint.journal import Journal
 
 def make(out):
@@ -30,38 +31,14 @@ def make(out):
         journal.add_text("README.md", "text")
         journal.finish("{}")
 
-def trap(real):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-
-folder, moment, code = Path(sys.argv[1]), 0, -signal.SIGKILL
-while code == -signal.SIGKILL:
+folder, moment, code = Path(sys.argv[1]), 0, killing.KILLED
+while code == killing.KILLED:
     moment += 1
-    for turn in range(2):
-        left = moment if turn == 0 else -1
-        child = os.fork()
-        if child == 0:
-            for name in ("fsync", "replace", "rename", "open", "unlink", "rmdir", "mkdir"):
-                setattr(os, name, trap(getattr(os, name)))
-            try:
-                make(folder / str(moment))
-            except ValueError as error:
-                os._exit(3 if "exists already" in str(error) else 1)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                os._exit(1)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if turn == 0:
-            code, made = status, folder / str(moment)
-            there = made.is_dir() and any(made.iterdir())
-        else:
-            assert status == (3 if there else 0), status
+    out = folder / str(moment)
+    code = killing.run(lambda: make(out), kill_at=moment)
+    there = out.is_dir() and any(out.iterdir())
+    again = killing.run(lambda: make(out))
+    assert again == (killing.REFUSED if there else 0), again
 print(moment)
 """
 
@@ -72,8 +49,9 @@ def entries(folder):
 
 def test_killed_at_every_file_operation(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", EVERY, str(tmp_path)], capture_output=True, text=True
-    )
+        [sys.executable, "-c", EVERY, str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1000:]
     moments = int(done.stdout)
     assert moments > 50

@@ -159,35 +159,14 @@ def command(source, out, **options):
 
 
 KILLED = """
-import os, random, signal, sys, slr
-from slr.checkpoint.journal import Journal
+import os, random, sys, killing, slr
 
 source, calm, out, recipe = *sys.argv[1:4], slr.Recipe(**eval(sys.argv[4]))
 slr.compress(source, recipe, out=calm)  # undisturbed; and it imports what the others need
-
-def trap(real):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-
 draw, there = random.Random(0), False
 while not there:
-    left = draw.randint(2, 60)
-    child = os.fork()
-    if child == 0:
-        for name in ("fsync", "replace", "rename", "open", "unlink", "rmdir", "mkdir"):
-            setattr(os, name, trap(getattr(os, name)))
-        try:
-            slr.compress(source, recipe, out=out)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    moment = draw.randint(2, 60)
+    code = killing.run(lambda: slr.compress(source, recipe, out=out), kill_at=moment)
     there = os.path.exists(os.path.join(out, "config.json"))
     print(int(code), there, flush=True)
 """
@@ -203,7 +182,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(small, tmp_path, recip
     calm, out = tmp_path / "calm", tmp_path / "killed"
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(small), str(calm), str(out), repr(recipe)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1000:]
     *killed, last = done.stdout.splitlines()
