@@ -192,7 +192,7 @@ def load(
                 f"folder {folder} does not fit its configuration: {kind.replace('_', ' ')}, as "
                 f"{min(map(str, info[kind]))}"
             )
-    for name, value in loaded.named_parameters():
+    for name, value in loaded.named_parameters() if about(folder) is None else ():
         check_finite(f"{folder}: tensor {name}", value.detach())
     for layer in loaded.modules() if cache else ():
         if isinstance(layer, SLRLinear):

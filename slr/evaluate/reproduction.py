@@ -38,7 +38,8 @@ from slr.model.block import LayerReport, compress_block
 from slr.model.calibrate import first_inputs
 from slr.model.edges import check_entries, is_mapping, is_number, or_none
 from slr.model.recipe import Recipe
-from slr.model.stream import Stream, read_json
+from slr.model.stream import Stream
+from slr.model.tensors import read_json
 
 __all__ = [
     "REPAIRS",
