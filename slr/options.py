@@ -32,7 +32,7 @@ __all__ = [
 
 SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
 DTYPES = ("float32", "bfloat16", "float16")
-MODEL = "'tiny', a checkpoint folder, or OWNER/NAME on the Hugging Face hub"
+MODEL = "'tiny', 'smollm2', a checkpoint folder, a GGUF file, or OWNER/NAME on the Hugging Face hub"
 
 Option = typer.Option
 Model = Annotated[str, typer.Argument(help=MODEL)]

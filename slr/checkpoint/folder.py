@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slr import tiny
+from slr.checkpoint import named
 from slr.checkpoint.digests import SUMS, check_sums
 from slr.layer.linear import SLRLinear
 from slr.matrix.checks import check_finite
@@ -39,18 +39,22 @@ def resolve(model: str | Path, download: bool = True) -> Path:
     """The folder of a checkpoint.
 
     Args:
-        model: ``"tiny"`` for the embedded model, a folder, or ``OWNER/NAME`` on the Hugging
-            Face hub, which is downloaded to its cache (safetensors and small files only).
+        model: a name of :data:`slr.checkpoint.named.NAMES`: ``"tiny"``, the embedded model, or
+            ``"smollm2"``; a folder; a GGUF file, which is converted once into a cache; or
+            ``OWNER/NAME`` on the Hugging Face hub, which is downloaded to its cache (safetensors
+            and small files only).
         download: whether it may be; else only what is in the cache counts.
 
     Raises:
         ValueError: there is no such thing, or it is no safetensors checkpoint.
     """
-    folder = tiny.path() if str(model) == "tiny" else Path(model)
+    folder = named.place(model) or Path(model)
     if not folder.is_dir():
         if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+            names = ", ".join(map(repr, named.NAMES))
             raise ValueError(
-                f"model {str(model)!r} is neither 'tiny', nor a folder, nor a hub name OWNER/NAME"
+                f"model {str(model)!r} is neither {names}, nor a folder, nor a GGUF file, nor a "
+                "hub name OWNER/NAME"
             )
         folder = _from_hub(str(model), download)
     if not (folder / "config.json").is_file():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.folder import resolve
+from slr.checkpoint.named import NAMES
 from slr.model.tensors import TensorFiles
 
 __all__ = ["downloaded", "origin", "source_of"]
@@ -110,4 +111,4 @@ def _on_hub(name: str | None) -> bool:
     """Whether a source is the embedded model or has a name on the hub, and is no path here."""
     if name is None or Path(name).exists():
         return False
-    return name == "tiny" or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
+    return name in NAMES or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
