@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from slr.checkpoint.named import BASES
 from slr.checkpoint.sizes import Summary
 
-__all__ = ["card"]
+__all__ = ["FAR", "card", "far"]
+
+FAR = 1.5  # times the dense perplexity
 
 _CARD = """\
 ---
@@ -13,10 +18,12 @@ pipeline_tag: text-generation
 tags: [slr, sparse, low-rank, compressed]
 {base}---
 
-# {title}, compressed to sparse + low rank
+# {title}, sparse + low rank
 
 Every linear layer W of the decoder blocks is stored as S + B A: S sparse, B A of low rank.
-Made by `slr` from {source}.
+Made by `slr` from {source}.{converted}
+
+{measured}
 
 ```python
 import slr  # makes the format known to transformers
@@ -49,16 +56,16 @@ layer's outputs on the calibration text.
 """
 
 
-def card(about: dict, before: int, after: int) -> str:
+def card(about: dict, before: int, after: int, converted: str | None = None) -> str:
     """Markdown.
 
     Args:
         about: what the folder says of itself.
         before: bytes of the source's weights.
         after: bytes of its own.
+        converted: a sentence about a source that was converted.
     """
     source, found = about["source"], Summary.of(about["layers"])
-    on_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     recipe = "\n".join(
         f"| {k} | {v} |" for k, v in about["recipe"].items() if v not in (None, [], {})
     )
@@ -74,9 +81,56 @@ def card(about: dict, before: int, after: int) -> str:
         f"| {'' if row['output_error'] is None else format(row['output_error'], '.4f')} |"
         for kind, row in found.kinds.items()
     ]
-    title = source.rstrip("/").rpartition("/")[2] or source
+    base = _base(source)
+    title = (base or source).rstrip("/").rpartition("/")[2] or source
     return _CARD.format(
-        base=f"base_model: {source}\n" if on_hub else "", title=title, source=f"`{title}`",
+        base=f"base_model: {base}\n" if base else "", title=title, source=f"`{base or title}`",
+        converted=f" {converted}" if converted else "", measured=_measured(about.get("measured")),
         recipe=recipe, calibration=told, before=before / 1e6, after=after / 1e6,
         ratio=after / before, dense=found.dense, nonzero=found.kept, layers="\n".join(rows),
     )  # fmt: skip
+
+
+def _base(source: str) -> str | None:
+    """What a source is called on the hub, if it is there."""
+    if source in BASES:
+        return BASES[source]
+    on_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return source if on_hub and not Path(source).exists() else None
+
+
+def _measured(told: dict | None) -> str:
+    """What was measured on held-out text, as a table, and the sample."""
+    if told is None:
+        return "How good it is was not measured: there was no held-out text."
+    values = told["perplexity"]
+    parts = [
+        f"Perplexity on {told['windows']} held-out windows of {told['seqlen']} tokens "
+        f"({told['text']}), lower is better:",
+        "| " + " | ".join(values) + " |\n" + "| --- " * len(values) + "|\n| "
+        + " | ".join(f"{value:.2f}" for value in values.values()) + " |",
+    ]  # fmt: skip
+    warning = far(told)
+    if warning:
+        parts.append(f"**{warning}**")
+    if told["sample"] is not None:
+        rows = [f"> {k}: {' '.join(text.split())}" for k, text in told["sample"].items()]
+        parts.append("How both go on from the same words:\n\n" + "\n>\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def far(told: dict) -> str | None:
+    """A warning if a result is far from dense: its perplexity :data:`FAR` times as high.
+
+    >>> far({"perplexity": {"dense": 20.0, "result": 24.0}}) is None
+    True
+    """
+    dense, result = told["perplexity"]["dense"], told["perplexity"]["result"]
+    if result <= FAR * dense:
+        return None
+    return (
+        f"The result's perplexity is {result / dense:.1f} times the dense model's: text from it "
+        "will be noticeably worse. Prune less (--pattern 4:8 or 0.4), repair with a higher rank "
+        "(--rank-ratio), calibrate on more text like your own (--calibration FILE --samples 128), "
+        "or leave sensitive layers dense (--skip '*.down_proj')."
+    )

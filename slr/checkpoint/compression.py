@@ -12,20 +12,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from slr.checkpoint.finish import WHOLE
 from slr.checkpoint.folder import shard_name
+from slr.checkpoint.measuring import go_on, keep, measure, take, watched
 from slr.checkpoint.whole import compress_whole
 from slr.checkpoint.work import Work, begin, calibration_windows
 from slr.methods.blockwise import compress_model, prepare_block, progress_bar
 from slr.methods.system import System
 from slr.model import distributed, hf
+from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport, compress_block
 from slr.model.calibrate import BlockInputs, first_inputs
 from slr.model.data import check_windows
+from slr.model.heldout import HeldOut
 from slr.model.recipe import Recipe
-from slr.model.stream import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,14 +127,12 @@ def _streamed(
     stages: dict[str, float] | None, **options,
 ) -> list[LayerReport]:  # fmt: skip
     with begin(model, out, recipe, **options) as work:
-        inputs = None
-        if work.windows is not None:
-            work.stream.fill_outside()
-            windows = distributed.mine(work.windows)
-            inputs = first_inputs(work.stream.model, windows, folder=work.journal.scratch)
-            work.stream.empty_outside()
-        reports = _blocks(work, inputs, progress)
+        work.stream.fill_outside()
+        inputs, held = _inputs(work), watched(work)
+        work.stream.empty_outside()
+        reports = _blocks(work, inputs, held, progress)
         if distributed.rank() == 0:
+            measure(work, held)
             work.finish(reports)
     distributed.barrier()
     if stages is not None:
@@ -147,10 +147,26 @@ def _streamed(
     return reports
 
 
-def _blocks(work: Work, inputs: BlockInputs | None, progress: bool) -> list[LayerReport]:
+def _inputs(work: Work) -> BlockInputs | None:
+    """Of the first block, for this process's calibration windows."""
+    if work.windows is None:
+        return None
+    stream, recipe = work.stream, work.method
+    assert isinstance(recipe, Recipe)
+    # Training of scales runs blocks by other ways, in the dtype of their weights.
+    own = None if recipe.prepare != "none" else compute_dtype(stream.dtype, stream.device)
+    windows = distributed.mine(work.windows)
+    return first_inputs(stream.model, windows, folder=work.journal.scratch, dtype=own)
+
+
+def _blocks(
+    work: Work, inputs: BlockInputs | None, held: HeldOut | None, progress: bool
+) -> list[LayerReport]:
     """Compress block after block, or take it from the journal."""
     stream, journal, plan, recipe = work.stream, work.journal, work.plan, work.method
     assert isinstance(recipe, Recipe)
+    if WHOLE in journal:
+        return [LayerReport(**notes) for notes in journal.entries[WHOLE]["notes"]]
     files = {stream.block(i)[0]: shard_name(i, len(plan) + 1) for i in range(len(plan))}
     reports: list[LayerReport] = []
 
@@ -161,29 +177,28 @@ def _blocks(work: Work, inputs: BlockInputs | None, progress: bool) -> list[Laye
         if files[name] not in journal:
             stream.fill(name, block)
         elif inputs is not None:  # its outputs are wanted
-            _take(stream, name, block, journal.folder / files[name], done(name))
+            take(stream, name, block, journal.folder / files[name], done(name))
 
+    behind = False  # the held-out windows, of a run that goes on
     with progress_bar(plan, progress) as bar:
         for index, name, block in stream.filled(inputs, fill=fill):
             if files[name] in journal:
                 reports += done(name)
                 bar.update(len(plan[index]))
+                behind = True
                 continue
+            if held is not None and behind:
+                go_on(held, journal, index - 1)
+            behind = False
             prepare_block(block, index, recipe, inputs)
             seed = recipe.seed + len(reports)
-            made = compress_block(name, block, index, plan[index], inputs, seed=seed, bar=bar)
+            made = compress_block(
+                name, block, index, plan[index], inputs, seed=seed, bar=bar, held=held
+            )
             reports += made
             if distributed.rank() == 0:
                 tensors = {f"{name}.{k}": v for k, v in hf.state_dict(block).items()}
+                keep(held, journal, index)
                 journal.add(files[name], tensors, [report._asdict() for report in made])
+                keep(held, journal, index, last=True)
     return reports
-
-
-def _take(
-    stream: Stream, name: str, block: nn.Module, file: Path, reports: list[LayerReport]
-) -> None:
-    """Fill a block from a finished file."""
-    layers = {r.name.removeprefix(f"{name}."): r.stored() for r in reports}
-    hf.place(block, layers, stream.dtype)
-    tensors = load_file(file)
-    stream.put(block, tensors, {full.removeprefix(f"{name}."): full for full in tensors})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slr.checkpoint.digests import check_sums, fingerprint
-from slr.checkpoint.finish import add_small_files
+from slr.checkpoint.finish import WHOLE, add_small_files
 from slr.checkpoint.folder import resolve, shard_name
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.place import target
@@ -80,14 +80,14 @@ def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False)
     with Journal(out, key) as journal:
 
         def fill(name: str, block: nn.Module) -> None:
-            if files[name] not in journal:
+            if files[name] not in journal and WHOLE not in journal:
                 stream.fill(name, block)
 
         for _, name, block in stream.filled(fill=fill):
-            if files[name] not in journal:
+            if files[name] not in journal and WHOLE not in journal:
                 journal.add(files[name], _plain(name, block, to))
         rest = shard_name(total - 1, total)
-        if rest not in journal:
+        if rest not in journal and WHOLE not in journal:
             inside = f"{stream.blocks_name}."
             names = [n for n in stream.files.where if not n.startswith(inside)]
             journal.add(rest, stream.files.read(names))

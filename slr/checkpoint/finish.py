@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from slr.checkpoint.cards import card
+from slr.checkpoint.conversion import told
 from slr.checkpoint.folder import read_raw, shard_name, small_files
 from slr.checkpoint.journal import Journal
 from slr.model import hf
 from slr.model.stream import Stream
 from slr.model.tensors import INDEX
 
-__all__ = ["add_small_files", "complete"]
+__all__ = ["WHOLE", "add_small_files", "complete"]
+
+WHOLE = "model.safetensors"  # the one file of a model of at most
+SMALL = 1e9  # bytes
 
 
 def add_small_files(journal: Journal, source: Path) -> int:
-    """Write the index of a journal's tensor files, and copy the tokenizer and the like.
+    """Write the index of a journal's tensor files, if they stay several, and copy the tokenizer.
 
     Args:
         journal: in which all tensor files are entered.
@@ -25,14 +32,30 @@ def add_small_files(journal: Journal, source: Path) -> int:
     Returns:
         Bytes of the tensor files.
     """
+    _one_file(journal)
     files = sorted(file for file in journal.entries if "/" not in file)
     where = {name: file for file in files for name in journal.entries[file]["tensors"]}
     size = sum((journal.folder / file).stat().st_size for file in files)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-    journal.add_text(INDEX, json.dumps(index, indent=1, allow_nan=False) + "\n")
+    if files != [WHOLE]:
+        journal.add_text(INDEX, json.dumps(index, indent=1, allow_nan=False) + "\n")
     for file in small_files(source):
         journal.add_copy(file)
     return size
+
+
+def _one_file(journal: Journal) -> None:
+    """Put the tensor files of a small model together, with the notes of all."""
+    parts = sorted(file for file in journal.entries if "/" not in file and file != WHOLE)
+    size = sum((journal.folder / file).stat().st_size for file in parts)
+    if WHOLE not in journal and size <= SMALL:
+        notes = [note for file in parts for note in journal.entries[file]["notes"] or []]
+        tensors: dict[str, Tensor] = {}
+        for file in parts:
+            tensors |= load_file(journal.folder / file)
+        journal.add(WHOLE, tensors, notes)
+    for file in parts if WHOLE in journal else ():
+        journal.remove(file)
 
 
 def complete(stream: Stream, journal: Journal, notes: dict) -> None:
@@ -42,13 +65,14 @@ def complete(stream: Stream, journal: Journal, notes: dict) -> None:
     inside = f"{stream.blocks_name}."
     expected = stream.model.state_dict()
     names = [n for n in stream.files.where if not n.startswith(inside) and n in expected]
-    if rest not in journal:
+    if rest not in journal and WHOLE not in journal:
         read = stream.files.read(names)
         journal.add(
             rest, {n: v.to(stream.dtype) if v.is_floating_point() else v for n, v in read.items()}
         )
     size = add_small_files(journal, stream.folder)
     before = sum(file.stat().st_size for file in stream.files.files)
-    journal.add_text("README.md", card(notes, before, size))
-    raw = {**read_raw(stream.folder), "num_hidden_layers": stream.config.num_hidden_layers}
+    dense = read_raw(stream.folder)
+    journal.add_text("README.md", card(notes, before, size, told(dense)))
+    raw = {**dense, "num_hidden_layers": stream.config.num_hidden_layers}
     journal.finish(json.dumps(hf.disguise(raw, notes), indent=1, allow_nan=False) + "\n")

@@ -244,6 +244,11 @@ class Journal:
         self._write()
         (self.folder / name).unlink(missing_ok=True)
 
+    def remember(self, **values: object) -> None:
+        """Add plain values to the memory, to be found again on resuming."""
+        self.memory |= json.loads(json.dumps(values))
+        self._write()
+
     def add_text(self, name: str, text: str) -> None:
         """Write a small text file; it is not entered, and written again on resuming."""
         write_text(self._begin(name), text, self.scratch)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
+from slr.checkpoint.finish import WHOLE
 from slr.checkpoint.folder import load, shard_name
 from slr.checkpoint.work import Work, begin
 from slr.methods.cap.pool import block_candidates, pack, unpack
@@ -61,14 +62,15 @@ def compress_whole(
         total = len(work.stream.blocks) + 1
         files = [shard_name(index, total) for index in range(total)]
         journal = work.journal
-        if any(file not in journal for file in files):
+        if WHOLE not in journal and any(file not in journal for file in files):
             more = _candidates(work, progress) if isinstance(system, CAP) else {}
             dense = load(work.stream.folder, dtype=torch.float32)
             nn.Module.to(dense, work.stream.device)
             assert work.windows is not None
             _write(work, files, dense, system.compress(dense, work.windows, **more))
-        reports = [LayerReport(**told) for f in files[:-1] for told in journal.entries[f]["notes"]]
-        for file in set(journal.entries) - set(files):
+        kept = [WHOLE] if WHOLE in journal else files[:-1]
+        reports = [LayerReport(**told) for f in kept for told in journal.entries[f]["notes"]]
+        for file in set(journal.entries) - {*files, WHOLE}:
             journal.remove(file)
         work.finish(reports)
     return reports

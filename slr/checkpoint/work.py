@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,32 +29,47 @@ from slr.model.block import LayerReport
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
-__all__ = ["Work", "begin", "calibration_windows"]
+__all__ = ["Prospect", "Work", "begin", "calibration_windows", "look"]
 
 EMBEDDED = "embedded"
+LONGEST = 1024  # tokens in a calibration window if not told
+HELD_OUT = 8  # windows that a compression is measured on
 
 
 @dataclass(frozen=True)
-class Work:
-    """One compression of a folder into another.
+class Prospect:
+    """One compression of a folder into another, looked at and not begun.
 
     Attributes:
         name: of the source, as it was given.
+        out: folder to make.
         stream: the source.
         windows: calibration token windows, if the method reads data.
         calibration: what to record of them.
         method: what to do; a recipe has a definite rank.
         plan: recipe of each layer of each block; empty for a system.
-        journal: of the folder that is made; open.
-        origin: what to record of the source, to know it again.
+        held: held-out windows to measure the result on, if there are any.
     """
 
     name: str
+    out: Path
     stream: Stream
     windows: Tensor | None
     calibration: dict | None
     method: Recipe | System
     plan: list[dict[str, Recipe]]
+    held: Tensor | None
+
+
+@dataclass(frozen=True)
+class Work(Prospect):
+    """One that has begun.
+
+    Attributes:
+        journal: of the folder that is made; open.
+        origin: what to record of the source, to know it again.
+    """
+
     journal: Journal
     origin: dict
 
@@ -69,28 +85,26 @@ class Work:
                 "be half of one model and half of another; start over with resume=False (--fresh)"
             )
         told = hf.notes(self.name, self.method.as_dict(), self.calibration, reports)
-        complete(self.stream, self.journal, {**told, "origin": self.origin})
+        measured = self.journal.memory.get("measured")
+        complete(self.stream, self.journal, {**told, "measured": measured, "origin": self.origin})
 
 
-@contextmanager
-def begin(
+def look(
     model: str | Path,
     out: str | Path,
     method: Recipe | System,
     *,
     calibration: str | Path | Tensor | None = None,
     device: str = "cpu",
-    resume: bool = True,
-) -> Iterator[Work]:
-    """Look at everything before anything is written, and open the journal.
+) -> Prospect:
+    """Look at everything before anything is written.
 
     Args:
-        model: ``"tiny"``, a folder or a name on the hub.
+        model: as for :func:`~slr.checkpoint.folder.resolve`.
         out: folder to make.
         method: a recipe, or a system.
         calibration: text by name or path, or token windows; the embedded text when ``None``.
         device: where to compute.
-        resume: go on with what a run that was stopped left.
 
     Raises:
         ValueError: anything that does not fit, or a calibration text that nothing reads.
@@ -113,9 +127,31 @@ def begin(
         data.check_windows(windows, stream.config)
     small_files(source)
     check_space(bytes_after(stream, layers), out)
-    with distributed.first(_keyed(out, source, method, text, resume)) as journal:
+    held = held_out(source, method, calibration)
+    return Prospect(str(model), out, stream, windows, text, method, layers, held)
+
+
+@contextmanager
+def begin(
+    model: str | Path, out: str | Path, method: Recipe | System, *, resume: bool = True,
+    **options: Any,
+) -> Iterator[Work]:  # fmt: skip
+    """:func:`look`, and open the journal.
+
+    Args:
+        model, out, method, options: as for :func:`look`.
+        resume: go on with what a run that was stopped left.
+
+    Raises:
+        ValueError, OSError: as :func:`look` and :class:`~slr.checkpoint.journal.Journal`.
+    """
+    seen = look(model, out, method, **options)
+    source = seen.stream.folder
+    journal = _keyed(seen.out, source, seen.method, seen.calibration, resume)
+    with distributed.first(journal):
         made = origin(source, journal.memory["source"]["sha256"])
-        yield Work(str(model), stream, windows, text, method, layers, journal, made)
+        told = {field.name: getattr(seen, field.name) for field in fields(seen)}
+        yield Work(**told, journal=journal, origin=made)
 
 
 def _keyed(
@@ -166,13 +202,34 @@ def calibration_windows(
                 f"calibration={name!r} needs the model's tokenizer, but a loaded model does not "
                 "say where it is; give token windows, see slr.data.calibration"
             )
-        seqlen = context(folder) if method.seqlen is None else method.seqlen
-        windows = data.calibration(
-            name, load_tokenizer(folder), seqlen, method.samples or 1, method.seed
-        )
+        seqlen = context(folder, LONGEST) if method.seqlen is None else method.seqlen
+        tokenizer = load_tokenizer(folder)
+        windows = data.calibration(name, tokenizer, seqlen, method.samples, method.seed)
     digest = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()
     count, seqlen = windows.shape
     return windows, {"text": name, "windows": count, "seqlen": seqlen, "sha256": digest}
+
+
+def held_out(
+    folder: Path, method: Recipe | System, text: str | Path | Tensor | None = None
+) -> Tensor | None:
+    """Held-out windows of the calibration text, or of the embedded one if none is read.
+
+    Args:
+        folder, method, text: as for :func:`calibration_windows`.
+
+    Returns:
+        (:data:`HELD_OUT`, seqlen); ``None`` for token windows, a text that is too short, or a model
+        without a tokenizer.
+    """
+    if isinstance(text, Tensor):
+        return None
+    try:
+        tokenizer = load_tokenizer(folder)
+        seqlen = context(folder, LONGEST) if method.seqlen is None else method.seqlen
+        return data.unseen(str(text or EMBEDDED), tokenizer, seqlen, HELD_OUT, method.seed)
+    except ValueError:
+        return None
 
 
 def _checked(windows: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ Book: chapter 1.
 
 from __future__ import annotations
 
-import math
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +21,17 @@ from tqdm import tqdm
 
 from slr.checkpoint.folder import context, load, load_tokenizer, resolve
 from slr.matrix.checks import check_count
+from slr.model import data, distributed
 from slr.model.blocks import in_mode
 from slr.model.calibrate import BlockInputs, first_inputs
-from slr.model.data import check_windows, windows
-from slr.model.heads import logits, tokens_at_once
+from slr.model.data import check_windows
+from slr.model.losses import TOKENS_AT_ONCE, exponential, window_losses
 from slr.model.stream import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TOKENS_AT_ONCE", "perplexity", "streamed_perplexity"]
-
-TOKENS_AT_ONCE = 2048  # in a forward pass; the logits are taken of fewer, see slr.model.heads
+__all__ = ["losses", "perplexity", "streamed_losses"]
 
 
 def perplexity(
@@ -76,12 +73,38 @@ def perplexity(
     Cost: one forward pass; about 2 FLOPs a parameter and token.
     Source: protocol of GPTQ (Frantar et al. 2023), used by SparseGPT and Wanda.
     """
+    return exponential(
+        losses(
+            model, text, seqlen=seqlen, limit=limit, progress=progress, stream=stream,
+            device=device, dtype=dtype,
+        )
+    )  # fmt: skip
+
+
+def losses(
+    model: PreTrainedModel | str | Path,
+    text: str | Tensor,
+    *,
+    seqlen: int | None = None,
+    limit: int | None = None,
+    progress: str | None = None,
+    stream: bool = False,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Mean loss of each window, in nats, float64 (windows,): what :func:`perplexity` is made of.
+
+    Two models' losses on the same windows can be compared, see :mod:`slr.evaluate.bootstrap`.
+    Arguments and errors are those of :func:`perplexity`.  Under ``torchrun`` the windows are shared
+    out over the processes, and each gets the losses of all.
+    """
     folder = None
     if isinstance(model, str | Path):
         folder = resolve(model)
         if isinstance(text, str):
             length = context(folder) if seqlen is None else seqlen
-            text, seqlen = windows(text, load_tokenizer(folder), length, limit), None
+            text = data.windows(text, load_tokenizer(folder), length, limit)
+            seqlen = None
     elif stream or device is not None or dtype is not None:
         raise TypeError("stream, device and dtype are for a folder, but a loaded model was given")
     device, dtype = device or "cpu", dtype or torch.float32
@@ -91,66 +114,42 @@ def perplexity(
         raise ValueError(f"seqlen={seqlen} has no effect on token windows; leave it out")
     if limit is not None:
         check_count("limit", limit)
-        text = text[:limit]
+        text = data.spread(text, limit)
     if folder is not None and stream:
         opened = Stream(folder, device, dtype)
         opened.fill_outside()
-        return streamed_perplexity(opened, text, progress=progress)
+        return streamed_losses(opened, text, progress=progress)
     loaded: Any = model
     if folder is not None:
+        distributed.start(device)
         loaded = load(folder, dtype=dtype)
         nn.Module.to(loaded, device)
-    return _exponential(_whole(loaded, text, progress), text)
-
-
-def _exponential(total: float, windows: Tensor) -> float:
-    """Perplexity from the summed loss of all predictions; NaN and infinity bring a warning."""
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
-    try:
-        value = math.exp(mean)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        warnings.warn(
-            f"the perplexity is {value}: the mean loss is {mean:.4g} nats; the weights may be "
-            "broken, or too large for the dtype",
-            stacklevel=2,
-        )
-    return value
-
-
-def _loss(model: PreTrainedModel, ids: Tensor, outputs: Tensor | None = None) -> float:
-    """Summed negative log-likelihood of all tokens but the first of each window."""
-    targets = ids[:, 1:].long().flatten().split(tokens_at_once(model))
-    total = torch.zeros((), dtype=torch.float64)
-    for part, target in zip(logits(model, ids, outputs), targets, strict=True):
-        loss = nn.functional.cross_entropy(part.float(), target, reduction="none")
-        total += loss.sum(dtype=torch.float64).cpu()
-    return float(total)
+    check_windows(text, loaded.config)
+    return distributed.shared(text, lambda mine: _whole(loaded, mine, progress))
 
 
 @torch.inference_mode()
-def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> float:
-    check_windows(text, model.config)
-    total = 0.0
+def _whole(model: PreTrainedModel, text: Tensor, progress: str | None) -> Tensor:
     rows = max(1, TOKENS_AT_ONCE // text.shape[1])
     with in_mode(model, False):
-        for ids in tqdm(text.split(rows), desc=progress, disable=progress is None, unit="batch"):
-            ids = ids.to(model.device)
-            total += _loss(model, ids)
-    return total
+        return torch.cat(
+            [
+                window_losses(model, ids.to(model.device))
+                for ids in tqdm(text.split(rows), progress, disable=progress is None, unit="batch")
+            ]
+        )
 
 
 @torch.no_grad()
-def streamed_perplexity(
+def streamed_losses(
     stream: Stream,
     windows: Tensor,
     *,
     progress: str | None = None,
     calibration: BlockInputs | None = None,
     change: Callable[[int, str, nn.Module], None] | None = None,
-) -> float:
-    """Perplexity of a streamed checkpoint, one decoder block in memory at a time.
+) -> Tensor:
+    """Mean loss of each window by a streamed checkpoint, one decoder block in memory at a time.
 
     Args:
         stream: whose modules outside of the blocks are filled.
@@ -160,10 +159,10 @@ def streamed_perplexity(
         change: called with number, name and module of each block, filled, before it is used.
 
     Returns:
-        As :func:`perplexity`.
+        As :func:`losses`.
     """
     check_windows(windows, stream.config)
-    rows, total = max(1, TOKENS_AT_ONCE // windows.shape[1]), 0.0
+    rows, found = max(1, TOKENS_AT_ONCE // windows.shape[1]), []
     with tempfile.TemporaryDirectory(prefix="slr-") as scratch:
         inputs = first_inputs(stream.model, windows, rows, Path(scratch), to_end=True)
         walked, total_blocks = stream.filled(calibration, inputs), len(stream.blocks)
@@ -174,5 +173,5 @@ def streamed_perplexity(
                 change(index, name, block)
         for ids, hidden in zip(windows.split(rows), inputs.hidden.split(rows), strict=True):
             ids = ids.to(stream.device)
-            total += _loss(stream.model, ids, hidden.to(stream.device))
-    return _exponential(total, windows)
+            found.append(window_losses(stream.model, ids, hidden.to(stream.device)))
+    return torch.cat(found)

@@ -29,14 +29,14 @@ from slr.checkpoint.atomic import write_text
 from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.folder import context, load_tokenizer, resolve
 from slr.checkpoint.work import calibration_windows
-from slr.evaluate.likelihood import streamed_perplexity
 from slr.evaluate.origin import provenance
 from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
 from slr.methods.blockwise import plan_layers, prepare_block
-from slr.model import data
+from slr.model import data, distributed
 from slr.model.block import LayerReport, compress_block
 from slr.model.calibrate import first_inputs
 from slr.model.edges import check_entries, is_mapping, is_number, or_none
+from slr.model.losses import exponential
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 from slr.model.tensors import read_json
@@ -65,13 +65,24 @@ def suggested_model() -> str:
     return "HuggingFaceTB/SmolLM2-135M"
 
 
-def grid(spec: Spec, out: str | Path) -> dict[str, dict[str, float]]:
-    """The measured numbers that are there: row -> column -> perplexity, in table order."""
+def grid(spec: Spec, out: str | Path, text: str | None = None) -> dict[str, dict[str, float]]:
+    """The measured numbers that are there: row -> column -> perplexity, in table order.
+
+    Args:
+        spec: the table.
+        out: folder of the cells.
+        text: name of another text than the spec's, of those that the cells were measured on.
+    """
     found: dict[str, dict[str, float]] = {row: {} for row in spec.rows}
     for cell in spec.cells():
         file = cell.file(Path(out))
         if file.is_file():
-            value = _read(file)["perplexity"]
+            told = _read(file)
+            if text is not None:
+                told = told.get("also", {}).get(text)
+                if told is None:
+                    continue
+            value = told["perplexity"]
             found[cell.row][cell.column] = math.nan if value is None else value
     return {
         row: {c: cells[c] for c in ("dense", *spec.columns) if c in cells}
@@ -90,8 +101,8 @@ def measure(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: str | None = None,
-) -> tuple[float, list[LayerReport]]:
-    """Perplexity of a checkpoint compressed by a recipe, in one pass over its blocks.
+) -> tuple[Tensor, list[LayerReport]]:
+    """Losses of a checkpoint compressed by a recipe, in one pass over its blocks.
 
     Args:
         folder: of the dense checkpoint.
@@ -103,7 +114,7 @@ def measure(
         progress: label of a bar over the blocks, on standard error.
 
     Returns:
-        The perplexity, and one :class:`~slr.model.block.LayerReport` for each layer.
+        Mean loss of each window in nats, float64 (count,), and one :class:`~slr.model.block.LayerReport` for each layer.
 
     Raises:
         ValueError: as :func:`slr.methods.blockwise.compress_model`.
@@ -114,7 +125,7 @@ def measure(
     stream = Stream(folder, device, dtype)
     stream.fill_outside()
     if recipe is None:
-        return streamed_perplexity(stream, windows, progress=progress), []
+        return streamed_losses(stream, windows, progress=progress), []
     recipe = recipe.resolved(stream.config.hidden_size)
     plan = plan_layers(stream.model, recipe, stream.config.hidden_size)
     reports: list[LayerReport] = []
@@ -130,7 +141,7 @@ def measure(
             prepare_block(block, index, recipe, observed)
             reports.extend(compress_block(name, block, index, plan[index], observed, seed=seed))
 
-        value = streamed_perplexity(
+        value = streamed_losses(
             stream, windows, progress=progress, calibration=observed, change=change
         )
     return value, reports
@@ -143,17 +154,21 @@ def reproduce(
     model: str | None = None,
     rows: Sequence[str] = ("*",),
     columns: Sequence[str] = (),
+    text: str | None = None,
     device: str = "cpu",
     fresh: bool = False,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Measure the cells of a table that are not there yet.
 
+    Under ``torchrun`` the cells are shared out over the processes, each of which works alone.
+
     Args:
         spec: the table.
         out: folder of the cells, one JSON file each.
         model: another checkpoint to fill the same table for.
         rows, columns: a part of the table, as :meth:`Spec.cells`.
+        text: a second text to evaluate on, by name or path; cells that lack it are measured again.
         device: where to compute.
         fresh: measure again what is there.
         progress: bars on standard error.
@@ -170,18 +185,22 @@ def reproduce(
     seqlen = context(folder, most=spec.seqlen)
     short = min(seqlen, spec.recipe.get("seqlen", seqlen))
     spec = replace(spec, model=model or spec.model, recipe={**spec.recipe, "seqlen": short})
-    cells = list(spec.cells(rows, columns))
     tokenizer = load_tokenizer(folder)
-    windows = data.windows(data.load_text(spec.text), tokenizer, seqlen, spec.limit)
-    dtype = getattr(torch, spec.dtype) if device == "cuda" else torch.float32
+    texts = {
+        name: data.windows(data.load_text(name), tokenizer, seqlen, spec.limit)
+        for name in (spec.text, *((text,) if text is not None else ()))
+    }
+    dtype = getattr(torch, spec.dtype) if device.startswith("cuda") else torch.float32
     same = {
         "model": {"name": spec.model, **fingerprint(folder)},
         "dtype": str(dtype).removeprefix("torch."),
-        "text": {"name": spec.text, **_digest(windows)},
+        "text": {"name": spec.text, **_digest(texts[spec.text])},
     }
     drawn: tuple[Tensor | None, dict | None] | None = (
         None  # calibration windows, once they are needed
     )
+    number, processes = distributed.alone()
+    cells = list(spec.cells(rows, columns))[number::processes]
     with tqdm(total=len(cells), desc=spec.name, unit="cell", disable=not progress) as bar:
         for cell in cells:
             what: dict[str, Any] = {**same, "recipe": None, "calibration": None}
@@ -191,18 +210,19 @@ def reproduce(
                 if cell.recipe.needs_data:
                     drawn = drawn or calibration_windows(folder, cell.recipe, spec.calibration)
                     calibration, what["calibration"] = drawn
-            if fresh or not _there(cell.file(out), what):
+            if fresh or not _there(cell.file(out), what, texts):
                 started = time.perf_counter()
-                value, reports = measure(
-                    folder, cell.recipe, windows, calibration, device=device, dtype=dtype,
+                losses, reports = measure(
+                    folder, cell.recipe, torch.cat(list(texts.values())), calibration,
+                    device=device, dtype=dtype,
                     progress=f"{cell.row} {cell.column}" if progress else None,
                 )  # fmt: skip
                 seconds = time.perf_counter() - started
                 about = {"seconds": seconds, "device": device, **provenance()}
-                told = {"row": cell.row, "column": cell.column, "perplexity": value}
+                told: dict[str, Any] = {"row": cell.row, "column": cell.column}
                 for key in ("pruned_error", "error") if reports else ():
                     told[key] = sum(getattr(r, key) for r in reports) / len(reports)
-                _write(cell.file(out), {**told, "what": what, "about": about})
+                _write(cell.file(out), {**told, "what": what, "about": about}, texts, losses)
             bar.update()
     return grid(spec, out)
 
@@ -213,11 +233,12 @@ def _digest(windows: Tensor) -> dict:
     return {"windows": count, "seqlen": seqlen, "sha256": digest}
 
 
-def _there(file: Path, what: dict) -> bool:
-    """Whether the cell was measured, and measured the same way."""
+def _there(file: Path, what: dict, texts: dict[str, Tensor]) -> bool:
+    """Whether the cell was measured, and measured the same way, on all of the texts."""
     if not file.is_file():
         return False
-    before, now = _read(file)["what"], json.loads(json.dumps(what))
+    told = _read(file)
+    before, now = told["what"], json.loads(json.dumps(what))
     if before.get("recipe"):  # files of earlier versions tell options without effect too
         before["recipe"] = json.loads(json.dumps(Recipe.from_dict(before["recipe"]).as_dict()))
     for name in now:
@@ -226,7 +247,8 @@ def _there(file: Path, what: dict) -> bool:
                 f"{file} was measured with another {name}; give another folder with --out, or "
                 "measure again with --fresh"
             )
-    return True
+    known = {other["sha256"] for other in told.get("also", {}).values()}
+    return all(_digest(windows)["sha256"] in known for windows in list(texts.values())[1:])
 
 
 def _read(file: Path) -> dict:
@@ -236,9 +258,24 @@ def _read(file: Path) -> dict:
     return told
 
 
-def _write(file: Path, told: dict) -> None:
-    """A number that is not finite is written as null, for that is all that JSON has."""
+def _write(file: Path, told: dict, texts: dict[str, Tensor], losses: Tensor) -> None:
+    """Write a cell: its perplexity and the loss of each window, on each text.
+
+    A number that is not finite is written as null, for that is all that JSON has.
+    """
+    parts = losses.split([len(windows) for windows in texts.values()])
+    found = {
+        Path(name).name: {**_measured(part), **_digest(windows)}
+        for (name, windows), part in zip(texts.items(), parts, strict=True)
+    }
+    own = found.pop(Path(next(iter(texts))).name)
+    told |= {"perplexity": own["perplexity"], "losses": own["losses"], "also": found}
     file.parent.mkdir(parents=True, exist_ok=True)
-    value = told["perplexity"]
-    told = {**told, "perplexity": value if math.isfinite(value) else None}
     write_text(file, json.dumps(told, indent=1, allow_nan=False) + "\n")
+
+
+def _measured(losses: Tensor) -> dict:
+    value = exponential(losses)
+    if not math.isfinite(value):
+        return {"perplexity": None, "losses": None}
+    return {"perplexity": value, "losses": [round(loss, 6) for loss in losses.tolist()]}

@@ -21,15 +21,20 @@ from slr.model.recipe import Recipe
 
 __all__ = ["REPAIRS", "Cell", "Spec", "as_text", "published", "specs"]
 
-# What a row is called, by `Recipe.refine`; the cheapest first.
-REPAIRS = {
-    "none": "pruned",
-    "svd": "svd",
-    "weights": "refined",
-    "activations": "refined-activations",
-    "eora": "eora",
-    "pcp": "pcp",
-}
+# What a row is called, and its options beside `Recipe.refine`, by the name of the repair in a spec
+# (that of the repair itself, or of one of its variants); the cheapest first.
+REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("pruned", {}),
+    "svd": ("svd", {}),
+    "weights": ("refined", {}),
+    "accelerated": ("accelerated", {"refine": "weights", "schedule": "accelerated"}),
+    "eora": ("eora", {}),
+    "activations": ("refined-activations", {}),
+    "activations+mask": (
+        "refined-activations-mask", {"refine": "activations", "update_mask": True}
+    ),
+    "pcp": ("pcp", {}),
+}  # fmt: skip
 
 
 def _names(value: Any) -> bool:
@@ -66,7 +71,8 @@ class Cell:
 
     def file(self, out: Path) -> Path:
         """Where its JSON is kept under `out`."""
-        return out / self.row.replace("/", "-") / f"{self.column.replace(':', '-')}.json"
+        column = self.column.replace(":", "-").replace("/", "-rank-")
+        return out / self.row.replace("/", "-") / f"{column}.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class Spec:
         limit: at most this many windows; ``None`` takes all.
         calibration: as for :func:`slr.checkpoint.compression.compress`.
         recipe: options of every recipe.
-        masks, repairs, columns: values of `Recipe.prune`, `.refine` and `.pattern`.
+        masks, repairs: values of `Recipe.prune`, and of :data:`REPAIRS`.
+        columns: patterns, or a pattern and a rank, as ``"2:4/36"``.
         published: file of published numbers, if any.
     """
 
@@ -137,7 +144,7 @@ class Spec:
     @property
     def rows(self) -> list[str]:
         """Names of the rows, in the order of the table."""
-        return ["dense", *(f"{m}/{REPAIRS[r]}" for m in self.masks for r in self.repairs)]
+        return ["dense", *(f"{m}/{REPAIRS[r][0]}" for m in self.masks for r in self.repairs)]
 
     def cells(self, rows: Sequence[str] = ("*",), columns: Sequence[str] = ()) -> Iterator[Cell]:
         """The cells of some rows and columns, the cheapest first.
@@ -163,14 +170,18 @@ class Spec:
             yield Cell("dense", "dense", None)
         for repair in sorted(self.repairs, key=list(REPAIRS).index):
             for mask in self.masks:
-                row = f"{mask}/{REPAIRS[repair]}"
+                row, options = REPAIRS[repair]
+                row = f"{mask}/{row}"
                 for column in (
                     c for c in self.columns if wanted(row) and (c in columns or not columns)
                 ):
-                    recipe = Recipe.fitting(
-                        prune=mask, refine=repair, pattern=column, **self.recipe
-                    )
-                    yield Cell(row, column, recipe)
+                    pattern, _, rank = column.partition("/")
+                    if rank and repair == "none":
+                        continue  # has none
+                    common = {**self.recipe, "prune": mask, "pattern": pattern, "refine": repair}
+                    if rank:
+                        common = {**common, "rank": int(rank), "rank_ratio": None}
+                    yield Cell(row, column, Recipe.fitting(**{**common, **options}))
 
 
 def specs() -> list[str]:

@@ -40,7 +40,7 @@ class System(ABC):
 
     budget: float = 0.5
     steps: int = 200
-    samples: int = 128
+    samples: int | None = None
     seqlen: int | None = None
     seed: int = 0
 
@@ -48,7 +48,8 @@ class System(ABC):
         if not 0 < self.budget < 1:
             raise ValueError(f"budget is {self.budget}; it must be above 0 and below 1")
         check_count("steps", self.steps)
-        check_count("samples", self.samples)
+        if self.samples is not None:
+            check_count("samples", self.samples)
         if self.seqlen is not None:
             check_seqlen(self.seqlen)
 

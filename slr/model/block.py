@@ -22,6 +22,7 @@ from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import Compressed, prune_and_repair
 from slr.model import distributed
 from slr.model.calibrate import BlockInputs, observe
+from slr.model.heldout import HeldOut
 from slr.model.recipe import Recipe
 
 __all__ = [
@@ -106,6 +107,7 @@ def compress_block(
     *,
     seed: int = 0,
     bar: tqdm | None = None,
+    held: HeldOut | None = None,
 ) -> list[LayerReport]:
     """Compress one decoder block in place: each linear in `plan` becomes `SLRLinear`.
 
@@ -117,25 +119,40 @@ def compress_block(
         inputs: of this block, if a recipe needs data.
         seed: of the first layer; the others count on.
         bar: to advance.
+        held: held-out windows, taken through the block as it was, as pruning left it, and as it is
+            now.
 
     Returns:
         One :class:`LayerReport` for each layer.
     """
     linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear) and k in plan}
     known = _look(index, block, linears, plan, inputs)
-    reports = []
+    reports: list[LayerReport] = []
+    layers: dict[str, SLRLinear] = {}
+    pruned: dict[str, Tensor] = {}
     for number, (inner, linear) in enumerate(linears.items()):
         started = time.perf_counter()
         full, recipe = f"{name}.{inner}", plan[inner]
-        refined, errors = _shared(
+        refined, errors, left = _shared(
             full, linear, recipe, known.pop(inner, None), seed + number, number
         )
         bias = None if linear.bias is None else linear.bias.data
         layer = SLRLinear.from_refined(refined, bias, pattern=recipe.pattern)
-        block.set_submodule(inner, layer)
+        if held is None:
+            block.set_submodule(inner, layer)
+        else:  # the block is wanted in three forms
+            layers[inner] = layer
+            if left is not None:
+                pruned[inner] = left
         reports.append(report(full, layer, errors, time.perf_counter() - started))
         if bar is not None:
             bar.update()
+    if held is not None:
+        held.advance("dense", index, block)
+        held.pruned(index, block, pruned)
+        for inner, layer in layers.items():
+            block.set_submodule(inner, layer)
+        held.advance("result", index, block)
     return reports
 
 
@@ -165,22 +182,23 @@ def _look(
 
 def _shared(
     name: str, linear: nn.Linear, recipe: Recipe, known: Known | None, seed: int, number: int
-) -> tuple[Refined, Errors]:
-    """One matrix, compressed by the process whose turn it is."""
+) -> tuple[Refined, Errors, Tensor | None]:
+    """One matrix, compressed by the process whose turn it is; and what pruning left, there."""
     owner = number % distributed.world()
-    refined, errors = None, None
+    refined, errors, left = None, None, None
     if distributed.rank() == owner:
         try:
             made = compress_layer(linear.weight.data, recipe, known=known, seed=seed, name=name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         refined, errors = made.refined, measure(linear.weight.data, made, known)
+        left = made.pruned.weight
     if distributed.world() > 1:
         width = recipe.rank or 0
         refined, errors = distributed.share(linear.weight, width, refined, errors, owner)
     assert refined is not None
     assert errors is not None
-    return refined, Errors(*errors)
+    return refined, Errors(*errors), left
 
 
 def _known(statistics: dict[str, NormStatistic | GramStatistic]) -> dict[str, Known]:

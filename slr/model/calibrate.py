@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from slr.matrix.statistics import GramStatistic, NormStatistic
+from slr.model.arithmetic import computing
 from slr.model.blocks import decoder_blocks
 from slr.model.data import check_windows
 from slr.model.heads import instead
@@ -38,7 +39,8 @@ class BlockInputs:
     """The inputs of one decoder block for every calibration window, and how to run the block.
 
     Attributes:
-        hidden: (windows, seqlen, hidden), in memory, or mapped from a file when large.
+        hidden: (windows, seqlen, hidden), in memory, or mapped from a file when large; blocks run
+            in its dtype.
         rows: windows that run at once.
         arguments: what else the model passes to each block (mask, positions, rotary table), by
             the number of windows in a batch; the windows have no padding, so it is the same.
@@ -62,10 +64,11 @@ class BlockInputs:
         """Run block `index` on all windows; with `keep` its outputs replace the inputs."""
         started = time.perf_counter()
         device = next(block.parameters()).device
-        for batch in self.hidden.split(self.rows):
-            out = block(batch.to(device), **self.arguments[len(batch)][index])
-            if keep:
-                batch.copy_(out)
+        with computing(block, self.hidden.dtype):
+            for batch in self.hidden.split(self.rows):
+                out = block(batch.to(device), **self.arguments[len(batch)][index])
+                if keep:
+                    batch.copy_(out)
         self.seconds += time.perf_counter() - started
 
 
@@ -96,6 +99,7 @@ def first_inputs(
     rows: int | None = None,
     folder: Path | None = None,
     to_end: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> BlockInputs:
     """Inputs of the first decoder block for token windows (count, seqlen).
 
@@ -105,6 +109,7 @@ def first_inputs(
         rows: windows at once; chosen to memory when ``None``.
         folder: where large inputs may be kept on disk.
         to_end: whether the outputs of the last block are wanted.
+        dtype: to run blocks in, see :mod:`slr.model.arithmetic`; the weights' when ``None``.
 
     Raises:
         ValueError, TypeError: as :func:`slr.model.data.check_windows`.
@@ -112,8 +117,9 @@ def first_inputs(
     check_windows(windows, model.config)
     blocks = decoder_blocks(model)
     config = model.config.get_text_config()
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    device, dtype = embedding.device, embedding.dtype
+    embedding = model.get_input_embeddings()
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    device, dtype = weight.device, dtype or weight.dtype
     count, seqlen = windows.shape
     rows = rows or rows_at_once(config, seqlen, device, dtype)
     hidden = _room((count, seqlen, config.hidden_size), dtype, folder)
@@ -134,12 +140,22 @@ def first_inputs(
 
         return forward
 
-    with instead(blocks, record):
-        for ids in windows.split(rows):
-            try:
-                model(input_ids=ids.to(device), use_cache=False)
-            except _StopForward:
-                done += len(ids)
+    widen = embedding.register_forward_hook(lambda module, args, out: out.to(dtype))
+    passed = {id(module) for block in blocks for module in block.modules()}
+    passed.add(id(model.get_output_embeddings()))
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(instead(blocks, record))
+            for module in model.modules():  # OPT may project its embeddings
+                if isinstance(module, nn.Linear) and id(module) not in passed:
+                    stack.enter_context(computing(module, dtype))
+            for ids in windows.split(rows):
+                try:
+                    model(input_ids=ids.to(device), use_cache=False)
+                except _StopForward:
+                    done += len(ids)
+    finally:
+        widen.remove()
     return BlockInputs(hidden, rows, arguments, to_end)
 
 

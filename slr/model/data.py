@@ -25,7 +25,7 @@ from slr.matrix.checks import check_count, check_seqlen
 
 __all__ = [
     "calibration", "check_positions", "check_windows", "corpus", "documents", "held_out",
-    "load_text", "windows",
+    "load_text", "spread", "unseen", "windows",
 ]  # fmt: skip
 
 # Missing from some installations (Debian splits them off, newer Pythons drop them), generated
@@ -38,6 +38,8 @@ _NOT_EVERYWHERE = frozenset(
     }
 )  # fmt: skip
 _NEVER = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"})
+SPLIT = ("embedded", "wikitext2")  # texts that have a held-out part of their own
+SAMPLES = 32  # calibration windows if not told
 LONGEST = 20_000  # characters of one document in a corpus: no module may dominate it
 
 
@@ -164,14 +166,16 @@ def hub_dataset(*args, **options):
         ) from None
 
 
-def calibration(source: str, tokenizer, seqlen: int, samples: int, seed: int = 0) -> torch.Tensor:
-    """Token windows to calibrate on.
+def calibration(
+    source: str, tokenizer, seqlen: int, samples: int | None = None, seed: int = 0
+) -> torch.Tensor:
+    """Token windows to calibrate on, spread over the text.
 
     Args:
-        source: ``"c4"``, or as for :func:`load_text`, of which the first windows are taken.
+        source: ``"c4"``, or as for :func:`load_text`; of a file every tenth window is held out.
         tokenizer: a Hugging Face tokenizer.
         seqlen: tokens in a window.
-        samples: number of windows.
+        samples: number of windows; when ``None`` :data:`SAMPLES`, or all if there are fewer.
         seed: for ``"c4"``.
 
     Returns:
@@ -186,25 +190,55 @@ def calibration(source: str, tokenizer, seqlen: int, samples: int, seed: int = 0
         first file of the training set; here the stream is shuffled with a buffer of 10,000, so
         that nothing is downloaded that is not used.
     """
-    if source != "c4":
-        found = windows(load_text(source, "calibration"), tokenizer, seqlen, samples)
+    wanted = SAMPLES if samples is None else samples
+    if source == "c4":
+        found = _of_c4("train", tokenizer, seqlen, wanted, seed)
     else:
-        rows = hub_dataset("allenai/c4", "en", split="train", streaming=True)
-        draw, chosen = random.Random(seed), []
-        for row in rows.shuffle(seed=seed, buffer_size=10_000):
-            ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
-            if len(ids) > seqlen:
-                start = draw.randrange(len(ids) - seqlen)
-                chosen.append(ids[start : start + seqlen])
-                if len(chosen) == samples:
-                    break
-        found = torch.tensor(chosen, dtype=torch.int64).view(len(chosen), seqlen)
-    if len(found) < samples:
+        found = windows(load_text(source, "calibration"), tokenizer, seqlen)
+        found = spread(found if source in SPLIT else _parted(found)[0], wanted)
+    if samples is not None and len(found) < samples:
         raise ValueError(
-            f"text {source!r} has {len(found)} windows of {seqlen} tokens, fewer than the "
-            f"{samples} samples asked for; give more text, or fewer or shorter samples"
+            f"text {source!r} has {len(found)} windows of {seqlen} tokens to calibrate on, fewer "
+            f"than the {samples} samples asked for; give more text, or fewer or shorter samples"
         )
     return found
+
+
+def unseen(source: str, tokenizer, seqlen: int, count: int, seed: int = 0) -> torch.Tensor | None:
+    """Held-out windows of a calibration text, that :func:`calibration` never gives.
+
+    Args:
+        source, tokenizer, seqlen, seed: as for :func:`calibration`.
+        count: at most so many.
+
+    Returns:
+        int64 (count, seqlen); ``None`` if the text is too short to hold any of it out.
+    """
+    if source == "c4":
+        return _of_c4("validation", tokenizer, seqlen, count, seed)
+    found = windows(load_text(source), tokenizer, seqlen)
+    if source not in SPLIT:
+        found = _parted(found)[1]
+    return spread(found, count) if len(found) else None
+
+
+def _parted(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All windows of a file but every tenth, and those."""
+    held = torch.arange(len(windows)) % 10 == 9
+    return windows[~held], windows[held]
+
+
+def _of_c4(split: str, tokenizer, seqlen: int, count: int, seed: int) -> torch.Tensor:
+    rows = hub_dataset("allenai/c4", "en", split=split, streaming=True)
+    draw, chosen = random.Random(seed), []
+    for row in rows.shuffle(seed=seed, buffer_size=10_000):
+        ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) > seqlen:
+            start = draw.randrange(len(ids) - seqlen)
+            chosen.append(ids[start : start + seqlen])
+            if len(chosen) == count:
+                break
+    return torch.tensor(chosen, dtype=torch.int64).view(len(chosen), seqlen)
 
 
 def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torch.Tensor:
@@ -214,7 +248,8 @@ def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torc
         text: any text.
         tokenizer: a Hugging Face tokenizer; no special tokens are added.
         seqlen: tokens in a window, at least 2 (the first is only ever context).
-        limit: at most this many windows; ``None`` keeps all whole windows.
+        limit: at most this many windows, spread evenly over the text (:func:`spread`); ``None``
+            keeps all whole windows.
 
     Returns:
         int64 tensor (windows, seqlen); what remains after the last whole window is dropped.
@@ -227,9 +262,6 @@ def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torc
     check_seqlen(seqlen)
     if limit is not None:
         check_count("limit", limit)
-    if limit is not None:
-        # A byte-level tokenizer never merges more than some tens of characters into a token.
-        text = text[: 32 * limit * seqlen]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // seqlen
     if count == 0:
@@ -237,8 +269,20 @@ def windows(text: str, tokenizer, seqlen: int, limit: int | None = None) -> torc
             f"the text has {len(ids)} tokens, fewer than one window of seqlen {seqlen}; "
             "give more text or a smaller seqlen"
         )
-    count = count if limit is None else min(count, limit)
-    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    found = torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    return found if limit is None else spread(found, limit)
+
+
+def spread(windows: torch.Tensor, limit: int) -> torch.Tensor:
+    """At most `limit` windows, evenly spread over all of them: a prefix would be a few documents.
+
+    >>> spread(torch.arange(10), 4).tolist(), spread(torch.arange(3), 4).tolist()
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    count = len(windows)
+    if limit >= count:
+        return windows
+    return windows[[i * count // limit for i in range(limit)]]
 
 
 def check_windows(windows: torch.Tensor, config) -> None:

@@ -20,11 +20,22 @@ from torch import distributed as dist
 from slr.matrix.result import Refined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from slr.matrix.statistics import GramStatistic, NormStatistic
 
-__all__ = ["all_reduce", "barrier", "first", "mine", "rank", "share", "start", "world"]
+__all__ = [
+    "all_reduce",
+    "alone",
+    "barrier",
+    "first",
+    "mine",
+    "rank",
+    "share",
+    "shared",
+    "start",
+    "world",
+]
 
 
 def start(device: str) -> None:
@@ -34,6 +45,17 @@ def start(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def alone() -> tuple[int, int]:
+    """Number of this process and of all that ``torchrun`` started, for work that needs no group.
+
+    Each uses its own GPU, if there are any.
+    """
+    number, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return number, count
 
 
 def _on() -> bool:
@@ -65,6 +87,22 @@ def mine(windows: Tensor) -> Tensor:
     if len(windows) < world():
         raise ValueError(f"{len(windows)} windows cannot be shared out over {world()} processes")
     return windows[rank() :: world()]
+
+
+def shared(windows: Tensor, each: Callable[[Tensor], Tensor]) -> Tensor:
+    """One number for each window, float64 (count,), the windows shared out over the ranks.
+
+    Args:
+        windows: (count, …); all of them.
+        each: gives the numbers of some windows, on the CPU.
+    """
+    if world() == 1:
+        return each(windows)
+    found = torch.zeros(len(windows), dtype=torch.float64)
+    found[rank() :: world()] = each(mine(windows))
+    boxes: list = [None] * world()
+    dist.all_gather_object(boxes, found)
+    return torch.stack(boxes).sum(0)
 
 
 def all_reduce(statistic: NormStatistic | GramStatistic) -> None:

@@ -17,10 +17,10 @@ from slr.matrix.pruners import PRUNERS, Pruner, named, options_of, step_of
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
 
-__all__ = ["Recipe"]
+__all__ = ["PRESETS", "Recipe"]
 
 PREPARATIONS = ("none", "induction")
-SAMPLES = 128  # calibration windows if not told
+PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}}
 # Options of the steps, which are given flat; `group` is the pattern's.
 STEPS = ("prune", "pattern", "refine")
 OPTIONS = (
@@ -42,7 +42,9 @@ class Recipe:
             ``"weights"`` (the paper, data-free), on weights scaled by activation norms
             (``"diagonal"``) or on the layer's outputs, by the Hessian (``"activations"``); one
             shot, ``"svd"`` of the weights or ``"eora"`` of the outputs; ``"pcp"``, principal
-            component pursuit; or ``"none"``.
+            component pursuit; or ``"none"``.  When ``None``, the best for what is read anyway:
+            ``"activations"`` with `update_mask` after a pruner that reads data, else
+            ``"weights"`` with the accelerated schedule.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement, 50 by default.
@@ -53,8 +55,9 @@ class Recipe:
         update_mask: with ``refine="activations"``: choose the mask anew while refining.
         prepare: ``"induction"`` first rescales each block so that it prunes better
             (:mod:`slr.methods.induction`), or ``"none"``.
-        samples: calibration windows, for methods that look at data; 128 by default.
-        seqlen: tokens in each; the model's longest context, 2048 at most, when ``None``.
+        samples: calibration windows, for methods that look at data; when ``None``
+            :data:`slr.model.data.SAMPLES`, or all that there are.
+        seqlen: tokens in each; the model's longest context, 1024 at most, when ``None``.
         seed: for random masks and the solver's start.
         skip: names of layers to leave dense (ignored modules), with ``*`` for anything:
             ``["*.down_proj", "model.layers.0.*"]``.
@@ -63,7 +66,6 @@ class Recipe:
 
     Attributes:
         prune, pattern, refine: the objects.
-        samples: ``None`` if no data is read.
 
     Raises:
         ValueError: an unknown name, a value out of range, or an option that has no effect.
@@ -100,7 +102,7 @@ class Recipe:
         pattern: str | float | Pattern = "2:4",
         *,
         group: str | None = None,
-        refine: str | Repair | NoRepair = "weights",
+        refine: str | Repair | NoRepair | None = None,
         rank: int | None = None,
         rank_ratio: float | None = None,
         iterations: int | None = None,
@@ -131,9 +133,9 @@ class Recipe:
         given = (rank, rank_ratio, iterations, schedule, tolerance, update_mask)
         options = {k: v for k, v in zip(OPTIONS, given, strict=True) if v is not None}
         self._set(
-            prune=step_of("prune", prune, PRUNERS, {}),
+            prune=(pruner := step_of("prune", prune, PRUNERS, {})),
             pattern=parse(pattern, group),
-            refine=step_of("refine", refine, REPAIRS, options),
+            refine=_repair(pruner, refine, options),
             prepare=prepare, seed=seed, skip=tuple(skip),
             overrides={name: _plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
@@ -148,7 +150,7 @@ class Recipe:
                     f"{name}={value} has no effect with prune={str(self.prune)!r} and "
                     f"refine={str(self.refine)!r}, which read no data; leave it out"
                 )
-        self._set(samples=(samples or SAMPLES) if self.needs_data else None, seqlen=seqlen)
+        self._set(samples=samples, seqlen=seqlen)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -175,10 +177,12 @@ class Recipe:
         Recipe(prune='magnitude', pattern='2:4', refine='svd', rank=3, seed=0)
         """
         known = {f"{k}": options.pop(k) for k in STEPS if k in options}
-        refine = named("refine", known.get("refine", "weights"), REPAIRS)
+        pruner = step_of("prune", known.get("prune", "wanda"), PRUNERS, {})
+        refine = type(_repair(pruner, known.get("refine"), {}))
         fit = options_of(refine)
         if options.get("schedule", "paper") == "paper":
             fit -= {"tolerance"} if "schedule" in fit else set()
+        options = {k: v for k, v in options.items() if v is not None}
         options = {k: v for k, v in options.items() if k in fit or k not in OPTIONS}
         if not isinstance(parse(known.get("pattern", "2:4")), Unstructured):
             options.pop("group", None)
@@ -282,6 +286,15 @@ class Recipe:
         told |= {"refine": str(self.refine), **self.refine.options(), "prepare": self.prepare}
         told |= {"samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
         return {**told, "skip": list(self.skip), "overrides": self.overrides}
+
+
+def _repair(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:
+    """The repair that is asked for, or the best for what is read anyway."""
+    if refine is None and pruner.needs is not None:
+        refine, options = "activations", {"update_mask": True, **options}
+    elif refine is None:
+        refine, options = "weights", {"schedule": "accelerated", **options}
+    return step_of("refine", refine, REPAIRS, options)
 
 
 def _plain(options: Mapping) -> dict:

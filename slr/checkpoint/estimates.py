@@ -1,0 +1,157 @@
+"""How long a compression will take, how much memory and disk, before it begins.
+
+Disk is counted.  Time is tried out: one block runs on a few windows, and one layer of each shape
+is compressed with few iterations, from which the rest follows.
+
+Book: chapter 9.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import nn
+
+from slr.checkpoint.sizes import bytes_after
+from slr.checkpoint.work import Prospect
+from slr.matrix.pruners import Known
+from slr.matrix.steps import Iterated
+from slr.model.arithmetic import compute_dtype
+from slr.model.block import compress_layer, measure
+from slr.model.calibrate import BlockInputs, first_inputs, observe
+from slr.model.recipe import Recipe
+
+__all__ = ["Estimate", "estimate"]
+
+FEW = (2, 6)  # iterations that are tried out
+
+
+class Estimate(NamedTuple):
+    """Of one compression, in this process.
+
+    Attributes:
+        seconds: of wall time.
+        memory: bytes, resident at most, the process itself included.
+        disk: bytes of the folder's tensors.
+    """
+
+    seconds: float
+    memory: int
+    disk: int
+
+
+@torch.no_grad()
+def estimate(work: Prospect) -> Estimate:
+    """Try out a block of a compression that is about to begin.
+
+    Args:
+        work: one that was looked at, of a recipe.
+
+    Cost: some hundredths of the compression.
+    """
+    stream, recipe = work.stream, work.method
+    assert isinstance(recipe, Recipe)
+    dtype = compute_dtype(stream.dtype, stream.device)
+    stream.fill_outside()
+    some = work.windows if work.windows is not None else work.held
+    inputs = None
+    if some is not None:
+        rows = first_inputs(stream.model, some[:1], dtype=dtype).rows
+        inputs = first_inputs(stream.model, some[:rows], dtype=dtype)
+    stream.empty_outside()
+    name, block = stream.block(0)
+    started = time.perf_counter()
+    stream.fill(name, block)
+    reading = time.perf_counter() - started
+    observing, running, known = _run(work, block, inputs)
+    layers = _layers(work, block, known)
+    blocks, held = len(stream.blocks), 0 if work.held is None else len(work.held)
+    count = 0 if work.windows is None else len(work.windows)
+    once = 1 if inputs is None else len(inputs.hidden)
+    chains = 0 if work.held is None else 3
+    head = running * _head(work)
+    passes = count * (observing + running) + chains * held * (running + head / blocks)
+    seconds = blocks * (2 * reading + layers + passes / once)
+    stream.empty(block)
+    hidden = 0
+    if some is not None:
+        hidden = (count + (chains + 1) * held) * some.shape[1] * stream.config.hidden_size
+    peak = psutil.Process().memory_info().rss + _largest(work)
+    return Estimate(seconds, peak + hidden * dtype.itemsize, bytes_after(stream, work.plan))
+
+
+def _run(
+    work: Prospect, block: nn.Module, inputs: BlockInputs | None
+) -> tuple[float, float, dict[str, Known]]:
+    """Seconds of a block on a batch, observed and not, and what is learnt of its layers' inputs."""
+    recipe = work.method
+    assert isinstance(recipe, Recipe)
+    if inputs is None:
+        return 0.0, 0.0, {}
+    kind = recipe.statistic
+    inputs.run(0, block, keep=False)  # the first run is slower
+    started = inputs.seconds
+    inputs.run(0, block, keep=False)
+    running, observing, known = inputs.seconds - started, 0.0, {}
+    if work.windows is not None and kind is not None:
+        linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear)}
+        started = inputs.seconds
+        with observe(linears, kind) as found:
+            inputs.run(0, block, keep=False)
+        observing = inputs.seconds - started
+        known = {layer: Known.of(statistic) for layer, statistic in found.items()}
+    return observing, running, known
+
+
+def _layers(work: Prospect, block: nn.Module, known: dict[str, Known]) -> float:
+    """Seconds of all layers of a block, from one of each shape and recipe."""
+    plan = work.plan[0] or next(layers for layers in work.plan if layers)
+    modules = dict(block.named_modules())
+    kinds = Counter((tuple(modules[name].weight.shape), repr(r)) for name, r in plan.items())
+    total, seen = 0.0, set()
+    for name, recipe in plan.items():
+        weight = modules[name].weight.data
+        kind = (tuple(weight.shape), repr(recipe))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        total += kinds[kind] * _layer(weight, recipe, known.get(name))
+    return total
+
+
+def _layer(weight: torch.Tensor, recipe: Recipe, known: Known | None) -> float:
+    step = recipe.refine
+    if not isinstance(step, Iterated) or step.iterations <= FEW[1]:
+        return _timed(weight, recipe, known)
+    few = []
+    for count in FEW:
+        short = replace(step, iterations=count)
+        once = Recipe(recipe.prune, recipe.pattern, refine=short, seed=recipe.seed)
+        few.append(_timed(weight, once, known))
+    slope = max(0.0, few[1] - few[0]) / (FEW[1] - FEW[0])
+    return few[1] + slope * (step.iterations - FEW[1])
+
+
+def _timed(weight: torch.Tensor, recipe: Recipe, known: Known | None) -> float:
+    started = time.perf_counter()
+    made = compress_layer(weight, recipe, known=known)
+    measure(weight, made, known)
+    return time.perf_counter() - started
+
+
+def _head(work: Prospect) -> float:
+    """Cost of the output head, in blocks."""
+    config = work.stream.config.get_text_config()
+    head = config.vocab_size * config.hidden_size
+    return head / max(1, sum(p.numel() for p in work.stream.blocks[0].parameters()))
+
+
+def _largest(work: Prospect) -> int:
+    """Bytes of a few float32 copies of the largest layer and its second moments."""
+    shapes = [m.weight.shape for m in work.stream.blocks[0].modules() if isinstance(m, nn.Linear)]
+    return max(4 * (6 * m * n + 5 * n * n) for m, n in shapes)
