@@ -29,6 +29,7 @@ from slr.checkpoint.atomic import write_text
 from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.folder import context, load_tokenizer, resolve
 from slr.checkpoint.work import calibration_windows
+from slr.evaluate.likelihood import streamed_losses
 from slr.evaluate.origin import provenance
 from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
 from slr.methods.blockwise import plan_layers, prepare_block
@@ -114,7 +115,8 @@ def measure(
         progress: label of a bar over the blocks, on standard error.
 
     Returns:
-        Mean loss of each window in nats, float64 (count,), and one :class:`~slr.model.block.LayerReport` for each layer.
+        Mean loss of each window in nats, float64 (count,), and one
+        :class:`~slr.model.block.LayerReport` for each layer.
 
     Raises:
         ValueError: as :func:`slr.methods.blockwise.compress_model`.

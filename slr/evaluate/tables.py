@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -57,6 +57,7 @@ FIELDS = {
     "seqlen": ("2 tokens or more", _at_least(2)),
     "limit": ("null, or 1 window or more", or_none(_at_least(1))),
     "recipe": ("a mapping", is_mapping),
+    "options": ("a mapping", is_mapping),
     "published": ("null, or a file's name", or_none(is_text)),
 }
 
@@ -92,6 +93,7 @@ class Spec:
         masks, repairs: values of `Recipe.prune`, and of :data:`REPAIRS`.
         columns: patterns, or a pattern and a rank, as ``"2:4/36"``.
         published: file of published numbers, if any.
+        options: more options of the recipes of some repairs, by the repair's name.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Spec:
     repairs: Sequence[str]
     columns: Sequence[str]
     published: str | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str) -> Spec:
@@ -128,9 +131,8 @@ class Spec:
             for key in told if is_mapping(told) else []:
                 if key not in FIELDS:
                     raise ValueError(f"{key!r} is unknown; it may say {', '.join(FIELDS)}")
-            check_entries(
-                "the spec", {"published": None, **told} if is_mapping(told) else told, FIELDS
-            )
+            filled = {"published": None, "options": {}, **told} if is_mapping(told) else told
+            check_entries("the spec", filled, FIELDS)
             spec = cls(name=name, **told)
             for repair in spec.repairs:
                 if repair not in REPAIRS:
@@ -181,7 +183,8 @@ class Spec:
                     common = {**self.recipe, "prune": mask, "pattern": pattern, "refine": repair}
                     if rank:
                         common = {**common, "rank": int(rank), "rank_ratio": None}
-                    yield Cell(row, column, Recipe.fitting(**{**common, **options}))
+                    more = {**options, **self.options.get(repair, {})}
+                    yield Cell(row, column, Recipe.fitting(**{**common, **more}))
 
 
 def specs() -> list[str]:
