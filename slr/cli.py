@@ -17,10 +17,14 @@ import typer
 
 import slr
 import slr.options as opt
+from slr.checkpoint import conversion, named
+from slr.checkpoint.cards import far
+from slr.checkpoint.estimates import Estimate, estimate
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
-from slr.console import Commands, as_json, say, table
+from slr.checkpoint.work import look
+from slr.console import Commands, as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
 from slr.model import data, distributed
@@ -33,14 +37,24 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Sparse + low-rank language models: compress, evaluate, inspect, export.",
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"slr {slr.__version__}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and stop")
+    ] = False,
+) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,6 +64,7 @@ def _root(context: typer.Context) -> None:
 def compress(
     model: opt.Model,
     out: opt.Out,
+    preset: opt.Preset = None,
     config: opt.Config = None,
     method: opt.MethodName = None,
     budget: opt.Budget = None,
@@ -72,18 +87,32 @@ def compress(
     device: opt.Device = "auto",
     seed: opt.Seed = None,
     fresh: opt.Fresh = False,
+    dry_run: opt.DryRun = False,
     json_output: opt.Json = False,
 ) -> None:
-    """Compress a model into a new folder; a stopped run goes on when called again."""
+    """Compress a model into a new folder; a stopped run goes on when called again.
+
+    With no option but --out: the best that there is, with the calibration text that comes along.
+    """
     options = opt.given(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
         iterations=iterations, schedule=schedule, tolerance=tolerance, update_mask=update_mask,
         skip=skip, overrides=dict(map(opt.parse_override, override or [])) or None, samples=samples,
         seqlen=seqlen, seed=seed,
     )  # fmt: skip
-    recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config)
-    where, source = _device(device), resolve(model)
+    system = opt.given(budget=budget, steps=steps)
+    recipe = opt.recipe_of(method, system, options, config, preset)
+    where, source = _device(device), _folder(model)
     say(f"{model} -> {out}: {_told(recipe)}, on {where}")
+    if isinstance(recipe, Recipe) and distributed.alone()[1] == 1:
+        prospect = look(model, out, recipe, calibration=calibration, device=where)
+        if dry_run or not (out.parent / f"{out.name}.partial").exists():
+            _foretell(estimate(prospect), dry_run and json_output)
+        del prospect
+    elif dry_run:
+        raise ValueError("--dry-run is for a recipe, in one process")
+    if dry_run:
+        return
     started, stages = time.perf_counter(), dict[str, float]()
     layers = slr.compress(
         model, recipe, out=out, calibration=calibration, device=where, progress=True,
@@ -91,8 +120,30 @@ def compress(
     )  # fmt: skip
     if distributed.rank() == 0:
         times = {"seconds": time.perf_counter() - started, **stages}
-        _report(layers, times, {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)},
-                json_output)  # fmt: skip
+        sizes = {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)}
+        measured = (about(out) or {}).get("measured")
+        _report(layers, times, sizes, measured, json_output)
+
+
+def _folder(model: str) -> Path:
+    """The folder of a model; a word first if it has to be converted."""
+    folder = named.pending(model)
+    if folder is not None:
+        say(f"{model}: converted once, to {folder} (some seconds)")
+    return resolve(model)
+
+
+def _foretell(found: Estimate, json_output: bool) -> None:
+    """What a compression will take."""
+    if json_output:
+        print(as_json(found._asdict()))
+        return
+    minutes = found.seconds / 60
+    long = f"{found.seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
+    say(
+        f"about {long}, {found.memory / 1e9:.1f} GB of memory, {found.disk / 1e6:.1f} MB of disk "
+        "(estimated by trying out one block)"
+    )
 
 
 def _told(recipe: Recipe | System) -> str:
@@ -105,12 +156,15 @@ def _told(recipe: Recipe | System) -> str:
     return f"{before}{recipe.prune} {recipe.pattern}, {after}"
 
 
-def _report(layers: list, times: dict, sizes: dict, json_output: bool) -> None:
+def _report(
+    layers: list, times: dict, sizes: dict, measured: dict | None, json_output: bool
+) -> None:
     """What a compression did."""
     kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
     mean = {key: kinds[key] for key in ("pruned_error", "error")}
     if json_output:
-        print(as_json({"layers": len(layers), **times, **mean, **sizes, **provenance()}))
+        told = {"layers": len(layers), **times, **mean, **sizes, "measured": measured}
+        print(as_json({**told, **provenance()}))
         return
     rows = [
         ("layers", str(len(layers))),
@@ -120,7 +174,15 @@ def _report(layers: list, times: dict, sizes: dict, json_output: bool) -> None:
     if kinds["output_error"] is not None:
         rows.append(("mean output error, result", f"{kinds['output_error']:.4f}"))
     rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
+    rows += measured_rows(measured)
     print(table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
+    _warn(measured)
+
+
+def _warn(measured: dict | None) -> None:
+    warning = None if measured is None else far(measured)
+    if warning is not None:
+        say(f"slr: warning: {warning}")
 
 
 def _device(device: str) -> str:
@@ -163,7 +225,10 @@ def evaluate(
     opt.refuse(opt.given(task_folder=task_folder), "without --tasks")
     if compare is False:
         opt.refuse(opt.given(source=source), "with --no-compare")
-    folder, text = resolve(model), text or "embedded"
+    folder = _folder(model)
+    if text is None:  # a text for a first look; others are read whole
+        text, limit = "embedded", limit or opt.WINDOWS
+        seqlen = seqlen or context(folder, opt.LONGEST)
     seqlen = context(folder) if seqlen is None else seqlen
     windows = data.windows(data.load_text(text), load_tokenizer(folder), seqlen, limit)
     say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
@@ -226,6 +291,7 @@ def info(model: opt.Folder, json_output: opt.Json = False) -> None:
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.items())),
         ("weights", f"{size:.1f} MB"),
         ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
+        *measured_rows(notes.get("measured")),
     ]
     print(table(rows) + "\n")
     print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")
@@ -237,6 +303,18 @@ def info(model: opt.Folder, json_output: opt.Json = False) -> None:
             f"{kind:<12} {row['number']:>6} {span:>9} {row['pruned_error']:>8.4f} "
             f"{row['error']:>8.4f} {output:>8}"
         )
+
+
+@app.command("convert")
+def convert_(
+    model: Annotated[str, typer.Argument(help="a GGUF file")],
+    out: opt.Out,
+    dtype: opt.Stored = "bfloat16",
+) -> None:
+    """Write a GGUF file as an ordinary checkpoint of safetensors, dequantised."""
+    say(f"{model} -> {out}: {dtype}")
+    conversion.convert(model, out, dtype=opt.dtype_of(dtype))
+    print(table([("weights", f"{megabytes(out):.1f} MB")]))
 
 
 @app.command("verify")
@@ -269,6 +347,9 @@ def reproduce_(
     rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
     columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4'")] = None,
     model: Annotated[str | None, typer.Option(help=f"instead of its own: {opt.MODEL}")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="a second text to evaluate on: wikitext2 | a text file")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the cells  [default: results/measured/TABLE]")
     ] = None,
@@ -285,28 +366,40 @@ def reproduce_(
     where, wanted = _device(device), columns.split(",") if columns else []
     say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
     measured = reproduction.reproduce(
-        spec, out, model=model, rows=rows.split(","), columns=wanted, device=where, fresh=fresh,
-        progress=True,
+        spec, out, model=model, rows=rows.split(","), columns=wanted, text=text, device=where,
+        fresh=fresh, progress=True,
     )  # fmt: skip
     known = reproduction.published(spec) if model is None else {}
     if json_output:
         print(as_json({"table": spec.name, "measured": measured, "published": known}))
         return
     print(reproduction.as_text(measured, known, wanted or spec.columns))
+    if text is not None:
+        other = reproduction.grid(spec, out, Path(text).name)
+        print(f"\non {text}:\n{reproduction.as_text(other, {}, wanted or spec.columns)}")
 
 
-@app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    "bench",
+    context_settings={
+        "allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []
+    },
+)  # fmt: skip
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="refine | linear | decode | pipeline | …")],
+    name: Annotated[str | None, typer.Argument(help="which; all are listed without one")] = None,
 ) -> None:
-    """Run a benchmark, which prints a table; what follows its name are its own options."""
-    import pkgutil
+    """Run a benchmark, which prints a table; without a name, list them.
+
+    What follows its name are its own options; --help shows them.
+    """
     import runpy
 
-    import slr.benchmarks
-
-    names = sorted(module.name for module in pkgutil.iter_modules(slr.benchmarks.__path__))
+    names = opt.benchmarks()
+    if name in (None, "--help"):
+        print("slr bench NAME [its own options; --help shows them]\n")
+        print(table(list(names.items())))
+        return
     if name not in names:
         raise ValueError(f"benchmark {name!r} is unknown; it must be one of {', '.join(names)}")
     sys.argv = [f"benchmarks/{name}.py", *context.args]

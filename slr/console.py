@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from slr.model.edges import first_line
 
-__all__ = ["Commands", "as_json", "fail", "say", "table"]
+__all__ = ["Commands", "as_json", "fail", "measured_rows", "say", "table"]
 
 TRACEBACK = "SLR_TRACEBACK"  # set in the environment, shows where a fault arose
 UsageError: Any = typer.BadParameter.__base__  # of any wrong option or argument
@@ -48,6 +48,17 @@ def table(rows: list[tuple[str, str]]) -> str:
     """
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def measured_rows(measured: dict | None) -> list[tuple[str, str]]:
+    """Rows of a :func:`table` with what was measured on held-out text."""
+    if measured is None:
+        return []
+    values = ", ".join(f"{kind} {value:.2f}" for kind, value in measured["perplexity"].items())
+    rows = [("perplexity, held-out text", f"{values}")]
+    for kind, text in (measured["sample"] or {}).items():
+        rows.append((f"sample, {kind}", " ".join(text.split())))
+    return rows
 
 
 def as_json(value: Any) -> str:

@@ -16,12 +16,13 @@ from slr.matrix.steps import REPAIRS
 from slr.methods.cap.system import CAP
 from slr.methods.losparse.system import LoSparse
 from slr.methods.system import System
-from slr.model.recipe import Recipe
+from slr.model.recipe import PRESETS, Recipe
 
 __all__ = [
     "DTYPES",
     "MODEL",
     "SYSTEMS",
+    "benchmarks",
     "dtype_of",
     "given",
     "parse_override",
@@ -34,6 +35,8 @@ SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "'tiny', 'smollm2', a checkpoint folder, a GGUF file, or OWNER/NAME on the Hugging Face hub"
 
+WINDOWS, LONGEST = 20, 1024  # of the embedded text in `slr eval`, if not told: windows and tokens
+
 Option = typer.Option
 Model = Annotated[str, typer.Argument(help=MODEL)]
 Folder = Annotated[str, typer.Argument(help="a compressed folder, or any checkpoint")]
@@ -44,6 +47,13 @@ Verify = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 Fresh = Annotated[bool, Option("--fresh", help="start over instead of going on")]
+DryRun = Annotated[
+    bool, Option("--dry-run", help="only estimate time, memory and disk, from one block")
+]
+Preset = Annotated[
+    str | None, Option(help=f"{' | '.join(PRESETS)}: options that those given here are added to")
+]
+Stored = Annotated[str, Option(help=f"of the weights to write: {' | '.join(DTYPES)}")]
 Config = Annotated[
     Path | None, Option(help="YAML file of a recipe's options; those given here win")
 ]
@@ -64,10 +74,18 @@ PatternName = Annotated[
     Option(help="2:4 (semi-structured), or a fraction to prune, 0.5 (default: 2:4)"),
 ]
 Group = Annotated[str | None, Option(help="for a fraction: row | matrix (default: row)")]
-Refine = Annotated[str | None, Option(help=f"{' | '.join(REPAIRS)} (default: weights)")]
+Refine = Annotated[
+    str | None,
+    Option(
+        help=f"{' | '.join(REPAIRS)} (default: activations with --update-mask, or weights with "
+        "--schedule accelerated where the pruner reads no data)"
+    ),
+]
 Rank = Annotated[int | None, Option(help="rank of the repair")]
 RankRatio = Annotated[float | None, Option(help="rank over hidden size (default: 1/32)")]
-Iterations = Annotated[int | None, Option(help="of the refinement (default: 50)")]
+Iterations = Annotated[
+    int | None, Option(help="of the refinement (default: 20 where --refine is left out, else 50)")
+]
 Schedule = Annotated[str | None, Option(help=f"{' | '.join(SCHEDULES)} (default: paper)")]
 Tolerance = Annotated[
     float | None, Option(help="stop refining when an iteration gains less, as 0.001 (default: 0)")
@@ -85,11 +103,22 @@ Override = Annotated[
 Calibration = Annotated[
     str | None, Option(help="embedded | wikitext2 | c4 | a text file (default: embedded)")
 ]
-Samples = Annotated[int | None, Option(help="calibration windows (default: 128)")]
-Seqlen = Annotated[int | None, Option(help="tokens in a window (default: the longest, to 2048)")]
+Samples = Annotated[
+    int | None, Option(help="calibration windows (default: 32, or all that there are)")
+]
+Seqlen = Annotated[
+    int | None,
+    Option(help="tokens in a window (default: the longest, to 1024; to 2048 in slr eval)"),
+]
 Seed = Annotated[int | None, Option(help="of random masks and starts (default: 0)")]
 Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file (default: embedded)")]
-Limit = Annotated[int | None, Option(help="at most this many windows, or examples of a task")]
+Limit = Annotated[
+    int | None,
+    Option(
+        help="at most this many windows, spread over the text, or examples of a task (default: all; "
+        "20 windows of up to 1024 tokens without --text)"
+    ),
+]
 Compare = Annotated[
     bool | None,
     Option(
@@ -137,8 +166,9 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def recipe_of(
-    method: str | None, system: dict, options: dict, config: Path | None
-) -> Recipe | System:
+    method: str | None, system: dict, options: dict, config: Path | None,
+    preset: str | None = None,
+) -> Recipe | System:  # fmt: skip
     """What the options of ``slr compress`` ask for.
 
     Args:
@@ -146,13 +176,14 @@ def recipe_of(
         system: options of a system, those that were given.
         options: of a recipe, those that were given.
         config: YAML file of more of them.
+        preset: name of more of them.
 
     Raises:
         ValueError: an unknown method, or an option without effect.
     """
     if method in SYSTEMS:
         common = {k: options.pop(k) for k in ("samples", "seqlen", "seed") if k in options}
-        refuse({**options, **given(config=config)}, f"with --method {method}")
+        refuse({**options, **given(config=config, preset=preset)}, f"with --method {method}")
         return SYSTEMS[method](**system, **common)
     refuse(system, "but with --method cap or losparse")
     if method is not None:
@@ -166,7 +197,26 @@ def recipe_of(
                 f"--prune {options['prune']} and --method {method} both name a pruner; give one"
             )
         options = {"prepare": prepare, **given(prune=pruner or None), **options}
-    return Recipe(**{**(read_config(config) if config else {}), **options})
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; it must be one of {', '.join(PRESETS)}")
+    more = read_config(config) if config else {}
+    return Recipe(**{**PRESETS[preset or "best"], **more, **options})
+
+
+def benchmarks() -> dict[str, str]:
+    """The benchmarks of ``slr bench`` by name, each with its first line."""
+    import ast
+    import pkgutil
+    from importlib import resources
+
+    import slr.benchmarks
+
+    found = {}
+    for module in pkgutil.iter_modules(slr.benchmarks.__path__):
+        file = resources.files("slr.benchmarks") / f"{module.name}.py"
+        told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        found[module.name] = told.partition("\n")[0]
+    return dict(sorted(found.items()))
 
 
 def parse_override(text: str) -> tuple[str, dict]:
