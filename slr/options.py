@@ -115,8 +115,8 @@ Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file (de
 Limit = Annotated[
     int | None,
     Option(
-        help="at most this many windows, spread over the text, or examples of a task (default: all; "
-        "20 windows of up to 1024 tokens without --text)"
+        help="at most this many windows, spread over the text, or examples of a task (default: "
+        "all; without --text 20 windows of up to 1024 tokens)"
     ),
 ]
 Compare = Annotated[
