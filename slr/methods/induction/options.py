@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from slr.matrix.patterns import Pattern, Unstructured, parse
-from slr.methods.induction.scales import PLACES, ROWS, dense_linears
+from slr.methods.induction.families import dense_linears
+from slr.methods.induction.scales import PLACES, ROWS
 
 __all__ = ["Induction", "check_pattern"]
 
