@@ -26,9 +26,11 @@ What the public text leaves open, or its code does otherwise, and what is done h
   mean over its entries of Ī, or of Ī·Ū with the uncertainty term.
 - The fraction p_t counts entries of S, as in the code: rows of any width compete by score alone.
 - Pruned rows stay pruned.  In the paper's formula a row could return, though the sensitivity of
-  a zero row is zero.  The code zeroes rows and lets the optimiser's momentum move them again.
+  a zero row is zero.  The code zeroes rows, every ``deltaT`` steps, and lets gradients and momentum
+  move them again in between; then all rows compete anew: ``Pruner(..., regrow=10)``.
 - Sensitivity is taken with the weights of its gradient; the code multiplies by those after the
-  step.  The threshold is renewed at every step; the code averages I over windows of ``deltaT``.
+  step, and so does `regrow` (before it a row just pruned would have none).  The code averages I
+  over windows of ``deltaT``; here it is smoothed at every step.
 - How the remaining ratio is shared between U V and S: ``rank_ratio`` is given.  Published scripts
   use 5% + 15% (MNLI) and 35% + 5% (XSum).
 - The remaining ratio counts U, V and S over the replaced matrices; biases and row indices do not

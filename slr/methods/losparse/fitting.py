@@ -138,6 +138,7 @@ def train(
     warmup: float = 0.05,
     cooldown: float = 0.65,
     beta2: float | None = None,
+    regrow: int | None = None,
     teacher: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[float]:
@@ -154,7 +155,7 @@ def train(
         lr, teacher, dtype: as for :func:`fit`.
         warmup, cooldown: shares of the steps, before pruning begins and after it ends.  In a short
             training it is better to prune early, and to have time to settle.
-        beta2: as for :class:`~slr.methods.losparse.Pruner`.
+        beta2, regrow: as for :class:`~slr.methods.losparse.Pruner`.
 
     Returns:
         The loss of each step.
@@ -172,7 +173,7 @@ def train(
         pruner, steps = None, -(-len(windows) // batch)
         if mode != "lowrank":
             pruner = Pruner(
-                model, remaining=remaining, steps=steps, beta2=beta2,
+                model, remaining=remaining, steps=steps, beta2=beta2, regrow=regrow,
                 warmup=int(warmup * steps), cooldown=int(cooldown * steps),
             )  # fmt: skip
         batches = [
