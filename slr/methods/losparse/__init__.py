@@ -17,8 +17,10 @@ smoothed sensitivity is lowest are removed on a cubic schedule, over all matrice
     save(model, "model.safetensors")            # or to_slr(model): this package's checkpoints
 
 or ``Trainer(..., callbacks=[callback(pruner)])``, or :func:`train` for all of it on a causal
-language model.  Two baselines take the same path: ``"itp"``, iterative structured pruning of
-S = W, and ``"lowrank"``, U V alone.
+language model.  The published distillation is a second phase: the model that came out, compact
+and perhaps from a file, learns from the dense one, and nothing is pruned any more
+(:func:`teach`, :class:`Distillation`).  Two baselines take the same path: ``"itp"``, iterative
+structured pruning of S = W, and ``"lowrank"``, U V alone.
 
 What the public text leaves open, or its code does otherwise, and what is done here:
 
@@ -42,8 +44,8 @@ Source: Li et al. 2023, "LoSparse" (ICML); uncertainty: Zhang et al. 2022, "PLAT
 Book: chapter 12.
 """
 
-from slr.methods.losparse.distil import distillation_loss
-from slr.methods.losparse.fitting import fit, train
+from slr.methods.losparse.distil import Distillation, distillation_loss
+from slr.methods.losparse.fitting import fit, teach, train
 from slr.methods.losparse.linear import (
     MODES,
     LoSparseLinear,
@@ -57,7 +59,7 @@ from slr.methods.losparse.system import LoSparse
 from slr.methods.losparse.trained import callback, compact, load, save, to_slr
 
 __all__ = [
-    "MODES", "LoSparse", "LoSparseLinear", "Pruner", "account", "callback", "compact", "convert",
-    "cubic", "distillation_loss", "fit", "keep_rows", "layers", "load", "remaining_ratio", "save",
-    "to_slr", "train",
+    "MODES", "Distillation", "LoSparse", "LoSparseLinear", "Pruner", "account", "callback",
+    "compact", "convert", "cubic", "distillation_loss", "fit", "keep_rows", "layers", "load",
+    "remaining_ratio", "save", "teach", "to_slr", "train",
 ]  # fmt: skip
