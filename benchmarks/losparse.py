@@ -10,10 +10,16 @@ Training windows, their order, steps and schedule are the same for all.
 
 With ``--out`` each cell is written as it is done; a run that was stopped goes on, and several runs
 (``--modes`` apart) may share one file.
+
+    python benchmarks/losparse.py --regrow 10 [--out results/measured/tiny/regrowth.json]
+
+trains LoSparse with pruned rows held at zero, and with rows that may return every 10 steps, as in
+the published code; both in float32, and with what was tuned for rows held (``--tuned``).
 """
 
 import argparse
 import fcntl
+import itertools
 import json
 import sys
 import tempfile
@@ -33,6 +39,7 @@ SETTINGS = {
     "seqlen": SEQLEN, "batch": BATCH, "training windows": TRAIN, "tuning windows": TUNING,
     "reported windows": REPORTED, "warm-up": WARMUP, "cool-down": COOLDOWN,
 }  # fmt: skip
+TUNED = Path(__file__).parents[1] / "results" / "measured" / "tiny" / "losparse.json"
 KEYS = ("mode", "remaining asked", "lr", "share", "steps")
 
 
@@ -91,6 +98,78 @@ def table(rows: list[dict]) -> pd.DataFrame:
     return frame[shown].reindex(columns=modes, level="mode").sort_index(ascending=False)
 
 
+class Watched(losparse.Pruner):
+    """Remembers which rows have been zero."""
+
+    ever: dict[str, torch.Tensor]
+
+    def step(self) -> None:
+        """As the pruner's."""
+        super().step()
+        for name, layer in self.layers.items():
+            self.ever[name] = self.ever[name] | ~layer.S.detach().any(1)
+
+
+def regrown(
+    tuned: dict, regrow: int | None, order: int, train: torch.Tensor, text: torch.Tensor
+) -> dict:
+    """The same, with rows that may return or not, and the windows in another order."""
+    ratio, steps = tuned["remaining asked"], tuned["steps"]
+    windows = train[: steps * BATCH]
+    if order:
+        shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(order))
+        windows = windows[shuffled]
+    model = slr.load("tiny", dtype=torch.float32)
+    losparse.convert(model, rank_ratio=tuned["share"] * ratio)
+    pruner = Watched(
+        model, remaining=ratio, steps=steps, regrow=regrow,
+        warmup=int(WARMUP * steps), cooldown=int(COOLDOWN * steps),
+    )  # fmt: skip
+    pruner.ever = {name: ~layer.S.detach().any(1) for name, layer in pruner.layers.items()}
+    batches = [
+        {"input_ids": ids, "labels": ids, "use_cache": False} for ids in windows.split(BATCH)
+    ]
+    losses = losparse.fit(model, batches, lr=tuned["lr"], pruner=pruner)
+    kept = {name: layer.kept.clone() for name, layer in pruner.layers.items()}
+    losparse.compact(model)
+    return {
+        "remaining asked": ratio, "regrow": regrow, "order": order,
+        "lr": tuned["lr"], "share": tuned["share"], "steps": steps,
+        "rows kept": sum(int(each.sum()) for each in kept.values()),
+        "rows returned": sum(int((each & pruner.ever[name]).sum()) for name, each in kept.items()),
+        "remaining": losparse.remaining_ratio(model), "last loss": sum(losses[-10:]) / 10,
+        "perplexity": slr.perplexity(model, text),
+    }  # fmt: skip
+
+
+def regrowth(args: argparse.Namespace, train: torch.Tensor, text: torch.Tensor) -> None:
+    """Measure rows held and rows free, print, and write if asked; what is there is not redone."""
+    tuned = json.loads(args.tuned.read_text(encoding="utf-8"))
+    if tuned["settings"] != SETTINGS:
+        sys.exit(f"{args.tuned} was measured with {tuned['settings']}")
+    best = {row["remaining asked"]: row for row in tuned["rows"] if row["mode"] == "losparse"}
+    rows: list[dict] = []
+    if args.out is not None and args.out.is_file():
+        rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    done = {(r["remaining asked"], r["regrow"], r["order"]) for r in rows}
+    about = {
+        "model": "slr/tiny/model", "settings": SETTINGS, "dtype": "float32",
+        "command": "python " + " ".join(sys.argv), **provenance(),
+    }  # fmt: skip
+    for key in itertools.product(args.ratios, (None, args.regrow), args.orders):
+        if key in done:
+            continue
+        ratio, regrow, order = key
+        rows.append(regrown(best[ratio], regrow, order, train, text))
+        print(json.dumps(rows[-1]), flush=True)
+        if args.out is not None:
+            told = json.dumps({**about, "rows": rows}, indent=1) + "\n"
+            args.out.write_text(told, encoding="utf-8")
+    frame = pd.DataFrame(rows).fillna({"regrow": 0})
+    shown = ["perplexity", "rows kept", "rows returned"]
+    print(frame.pivot(index=["remaining asked", "order"], columns="regrow", values=shown))
+
+
 class Record:
     """The cells that are done, in memory or in a file that several runs may share."""
 
@@ -146,6 +225,9 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.8, 0.9])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tune-steps", type=int, default=40)
+    parser.add_argument("--regrow", type=int, default=None)
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--tuned", type=Path, default=TUNED)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     if max(args.steps, args.tune_steps) * BATCH > TRAIN:
@@ -155,6 +237,8 @@ def main() -> None:
     held = slr.data.windows(text, tokenizer, SEQLEN, TUNING + REPORTED)
     text = {"tuning": held[:TUNING], "reported": held[TUNING:]}
     train = training_windows()
+    if args.regrow is not None:
+        return regrowth(args, train, text["reported"])
     untrained = slr.perplexity(slr.load("tiny", dtype=torch.float32), text["reported"])
     record = Record(args.out, {
         "model": "slr/tiny/model", "untrained": untrained, "settings": SETTINGS,

@@ -7,6 +7,12 @@ scripts (github.com/yxli2123/LoSparse) and writes the compact model.  ``--model`
 take local folders instead.  None of these trainings was done for this book: they take a GPU for
 hours and a network.  The tests run the same code on tiny random models of these architectures.
 
+    python -m examples.losparse_recipes mnli --out mnli-25-distilled \\
+        --student mnli-25 --teacher textattack/bert-base-uncased-MNLI
+
+is the published distillation, which starts from a pruned model that is stored: the folder `student`
+that the first command wrote (of a BERT, by ``--model``), whose rows and rank stay as they are.
+
 From the public scripts: MNLI, XSum and CNN/DailyMail, all of it; for SQuAD too, but the script
 trains bert-base-uncased there, and the model here is that of the README's table.  Our choice: all
 other tasks of GLUE, which have MNLI's settings (but for the number of epochs of small ones), and
@@ -34,7 +40,7 @@ from slr.model.data import hub_dataset
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RECIPES", "FineTuning", "encode", "fine_tune", "load"]
+__all__ = ["RECIPES", "TEACHING", "FineTuning", "distil", "encode", "fine_tune", "load"]
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
@@ -128,6 +134,10 @@ RECIPES = {
 }
 
 
+# train_glue_distil.sh, of a BERT-base that keeps 25% or 50%: what differs from its task's recipe.
+TEACHING: dict[str, Any] = {"epochs": 50, "accumulation": 1, "lr_warmup": 0.0}
+
+
 def encode(row: dict, tokenizer: PreTrainedTokenizerBase, recipe: FineTuning) -> list[dict]:
     """One example as what the model takes: one item, or several if its context is long.
 
@@ -203,36 +213,132 @@ def fine_tune(
 
     Cost: the training; on a GPU hours.  Example: ``tests/test_losparse_recipes.py``.
     """
-    import transformers
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
-        recipe = RECIPES[recipe]
-    out, source = Path(out), str(model or recipe.model)
-    if (out / "losparse.json").is_file():
-        raise ValueError(f"{out} is complete already; give another folder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    head = getattr(transformers, HEADS[recipe.kind])
-    labels = {"num_labels": recipe.labels} if recipe.kind == "classification" else {}
-    network = head.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **labels)
-    train, validation = (
-        [item for row in _rows(recipe, data, split) for item in encode(row, tokenizer, recipe)]
-        for split in ("train", recipe.validation)
-    )
+    recipe, out = _begin(recipe, out)
+    source = str(model or recipe.model)
+    tokenizer, network = _pretrained(recipe, source)
+    train, validation = _items(recipe, data, tokenizer)
     remaining = recipe.rank_ratio + recipe.rows
     ratio = recipe.rank_ratio if mode == "losparse" else remaining
     losparse.convert(network, mode=mode, rank_ratio=ratio)
-    steps = recipe.epochs * math.ceil(len(train) / (recipe.batch * recipe.accumulation))
-    callbacks = []
+    steps, callbacks = _steps(recipe, train), []
     if mode != "lowrank":
         pruner = losparse.Pruner(
             network, remaining=remaining, steps=steps, beta1=recipe.beta1,
             warmup=int(recipe.warmup * steps), cooldown=int(recipe.cooldown * steps),
         )  # fmt: skip
         callbacks.append(losparse.callback(pruner))
+    trainer = _trainer(
+        recipe, out, network, tokenizer, train, validation, other, callbacks=callbacks
+    )
+    return _finish(trainer, recipe, out, tokenizer, {"model": source, "mode": mode})
+
+
+def distil(
+    recipe: str | FineTuning,
+    out: str | Path,
+    *,
+    student: str | Path,
+    teacher: str | Path,
+    data: str | Path | None = None,
+    distillation: losparse.Distillation | None = None,
+    **other: Any,
+) -> dict:
+    """Phase two: a stored pruned student learns its task again, and from a dense teacher.
+
+    Args:
+        recipe: a name in :data:`RECIPES`, then with :data:`TEACHING`, or a recipe of one's own;
+            of a classification.  What it says of pruning has no effect.
+        out: folder to make, of the same form as that of :func:`fine_tune`.
+        student: folder that :func:`fine_tune` wrote.
+        teacher: hub name or folder of a dense model, fine-tuned on the task, whose hidden states
+            have the student's shapes.
+        data, other: as for :func:`fine_tune`.
+        distillation: what to learn of the teacher; by default as published.
+
+    Returns:
+        What ``losparse.json`` says, as of :func:`fine_tune`, with `student` and `teacher`.
+
+    Raises:
+        ValueError: as :func:`fine_tune`; a recipe of another kind, a folder that holds no student,
+            or a teacher that does not fit it.
+        RuntimeError: the hub did not give the data.
+
+    Cost: the training, with a forward pass of the teacher in each step.
+    Example: ``tests/test_losparse_recipes.py``.
+    """
+    import transformers
+
+    named = isinstance(recipe, str)
+    recipe, out = _begin(recipe, out)
+    recipe = replace(recipe, **TEACHING) if named else recipe
+    if recipe.kind != "classification":
+        raise ValueError(f"recipe is of {recipe.kind}; only a classification is distilled")
+    distillation = distillation or losparse.Distillation()
+    network = load(student)
+    losparse.compact(network)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+    _, dense = _pretrained(recipe, str(teacher))
+    dense.eval()
+
+    class Distiller(transformers.Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
+        ) -> Any:
+            if not model.training:
+                return super().compute_loss(model, inputs, return_outputs, **more)
+            loss, outputs = distillation.learn(model, dense.to(self.args.device), inputs)
+            return (loss, outputs) if return_outputs else loss
+
+    train, validation = _items(recipe, data, tokenizer)
+    trainer = _trainer(recipe, out, network, tokenizer, train, validation, other, kind=Distiller)
+    trainer.model_accepts_loss_kwargs = False  # the loss is a mean; it is divided by accumulation
+    told = {"model": str(student), "teacher": str(teacher), "distillation": asdict(distillation)}
+    return _finish(trainer, recipe, out, tokenizer, told)
+
+
+def _begin(recipe: str | FineTuning, out: str | Path) -> tuple[FineTuning, Path]:
+    """The recipe of a name, and a folder that may be written."""
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
+        recipe = RECIPES[recipe]
+    if (Path(out) / "losparse.json").is_file():
+        raise ValueError(f"{out} is complete already; give another folder")
+    return recipe, Path(out)
+
+
+def _pretrained(recipe: FineTuning, source: str) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Tokenizer and dense model."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    head = getattr(transformers, HEADS[recipe.kind])
+    labels = {"num_labels": recipe.labels} if recipe.kind == "classification" else {}
+    return tokenizer, head.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False, **labels
+    )
+
+
+def _items(recipe: FineTuning, data: str | Path | None, tokenizer: Any) -> list[list[dict]]:
+    """Training and validation data as what the model takes."""
+    return [
+        [item for row in _rows(recipe, data, split) for item in encode(row, tokenizer, recipe)]
+        for split in ("train", recipe.validation)
+    ]
+
+
+def _steps(recipe: FineTuning, train: list[dict]) -> int:
+    return recipe.epochs * math.ceil(len(train) / (recipe.batch * recipe.accumulation))
+
+
+def _trainer(
+    recipe: FineTuning, out: Path, network: Any, tokenizer: Any, train: list[dict],
+    validation: list[dict], other: dict, kind: Any = None, callbacks: Any = (),
+) -> Any:  # fmt: skip
+    """A ``Trainer``, or one of its `kind`, by the recipe."""
+    from transformers import Trainer, TrainingArguments
+
+    steps = _steps(recipe, train)
     arguments = TrainingArguments(
         **{
             "output_dir": str(out / "training"),
@@ -248,11 +354,18 @@ def fine_tune(
             **other,
         }
     )
-    trainer = Trainer(
-        network, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks,
+    return (kind or Trainer)(
+        network, arguments, train_dataset=train, eval_dataset=validation, callbacks=[*callbacks],
         data_collator=_collator(recipe, tokenizer, network), compute_metrics=_score(recipe),
     )  # fmt: skip
-    last = get_last_checkpoint(arguments.output_dir) if (out / "training").is_dir() else None
+
+
+def _finish(trainer: Any, recipe: FineTuning, out: Path, tokenizer: Any, told: dict) -> dict:
+    """Train, or go on; make compact, measure and write."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    network, steps = trainer.model, trainer.args.max_steps
+    last = get_last_checkpoint(trainer.args.output_dir) if (out / "training").is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     account = losparse.compact(network)
     measured = {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_score")}
@@ -260,7 +373,7 @@ def fine_tune(
     network.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
     found = {
-        "recipe": asdict(recipe), "model": source, "mode": mode, "steps": steps,
+        "recipe": asdict(recipe), **told, "steps": steps,
         "remaining": account.nonzero / account.parameters, **measured,
     }  # fmt: skip
     (out / "losparse.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -329,14 +442,23 @@ def main() -> None:
     parser.add_argument("--model", help="another model: hub name or folder")
     parser.add_argument("--data", help="folder with train.jsonl and validation.jsonl")
     parser.add_argument("--mode", choices=losparse.MODES, default="losparse")
+    parser.add_argument("--student", help="folder of a pruned model that learns from --teacher")
+    parser.add_argument("--teacher", help="dense model of the task: hub name or folder")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
+    if (args.student is None) != (args.teacher is None):
+        parser.error("--student and --teacher go together")
+    if args.student is not None and (args.model, args.mode) != (None, "losparse"):
+        parser.error("--model and --mode have no effect with --student, which is stored")
+    shared = {"data": args.data, "use_cpu": args.cpu, "bf16": args.bf16}
     try:
-        found = fine_tune(
-            args.recipe, args.out, model=args.model, data=args.data, mode=args.mode,
-            use_cpu=args.cpu, bf16=args.bf16,
-        )  # fmt: skip
+        if args.student is not None:
+            given = {"student": args.student, "teacher": args.teacher}
+            found = distil(args.recipe, args.out, **given, **shared)
+        else:
+            given = {"model": args.model, "mode": args.mode}
+            found = fine_tune(args.recipe, args.out, **given, **shared)
     except (ValueError, RuntimeError) as error:
         parser.exit(1, f"error: {error}\n")
     print(json.dumps(found, indent=1))

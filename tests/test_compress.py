@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -412,3 +413,26 @@ def test_arguments_that_do_not_fit_are_named(
         slr.compress(what, recipe, **options)
     assert not any(isinstance(m, slr.SLRLinear) for m in model.modules())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("repair", ["svd", "eora"])
+def test_low_rank_alone_is_stored_and_loaded(small, windows, tmp_path, repair):
+    """The toolkit's lowrank-only: B A of W itself, and no entry of S."""
+    dense = slr.load(small, dtype=torch.float32)
+    recipe = slr.Recipe("magnitude", "1.0", refine=repair, rank=5)
+    text = windows if repair == "eora" else None
+    reports = slr.compress(small, recipe, calibration=text, out=tmp_path / "out")
+    assert {(r.kept, r.rank, r.pruned_error) for r in reports} == {(0, 5, 1.0)}
+    model = slr.load(tmp_path / "out", dtype=torch.float32)
+    if repair == "svd":
+        for report in reports:
+            layer = model.get_submodule(report.name)
+            W = dense.get_submodule(report.name).weight.detach()
+            U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+            best = (U[:, :5] * s[:5]) @ Vh[:5]
+            assert torch.allclose((layer.B @ layer.A).detach(), best, atol=0.02 * float(W.std()))
+            assert report.error == pytest.approx(float((W - best).norm() / W.norm()), rel=1e-2)
+    for report in reports:
+        assert model.get_submodule(report.name).values.numel() == 0
+        assert (report.output_error is None) == (repair == "svd")
+    assert slr.perplexity(model, windows) < math.inf

@@ -11,8 +11,9 @@ from slr.matrix.patterns import NM, Unstructured, parse
 from slr.matrix.statistics import NormStatistic
 from slr.methods.blockwise import plan_layers
 from slr.methods.induction import Induction, Scales, absorb, induce, induce_block, train_scales
+from slr.methods.induction.families import dense_linears
 from slr.methods.induction.loss import BlockLoss, soft_mask, starting_scales
-from slr.methods.induction.scales import ROWS, dense_linears
+from slr.methods.induction.scales import PLACES, ROWS, SHIFTS
 from slr.model import hf
 from slr.model.block import compress_block
 from slr.model.blocks import decoder_blocks
@@ -25,6 +26,7 @@ def random_model(kind="llama", **options):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     biases = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
+    options = {"ffn_dim": 80, "word_embed_proj_dim": 48, **options} if kind == "opt" else options
     sizes = {
         "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -53,8 +55,8 @@ def norms_in_float64(model, monkeypatch):
 def random_scales(block, shift=True):
     ones = Scales.ones(block)
     made = {name: 3 * torch.randn_like(log).clamp(-2, 2) for name, log in ones.logs().items()}
-    moved = torch.randn_like(ones.shift) if shift and ones.shift is not None else None
-    return Scales(**made, shift=moved)
+    moved = {name: torch.randn_like(each) for name, each in ones.shifts().items() if shift}
+    return Scales(**made, **moved)
 
 
 def outputs(model, ids):
@@ -62,26 +64,33 @@ def outputs(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "opt"])
 def test_absorbed_scales_change_no_output(kind, monkeypatch):
     model, ids = random_model(kind), torch.randint(300, (2, 20))
     norms_in_float64(model, monkeypatch)
     before, weights = outputs(model, ids), [p.clone() for p in model.parameters()]
     for block in decoder_blocks(model):
         scales = random_scales(block)
-        assert (scales.shift is not None) == (kind == "llama")  # the only one with a bias of o
+        # of those with an RMSNorm, which has no bias, one has a bias of o
+        shifts = {"llama": {"shift"}, "opt": {"shift", "attention_shift", "mlp_shift"}}
+        assert scales.shifts().keys() == shifts.get(kind, set())
         assert (scales.rotary is None) == (kind == "qwen3")  # whose q and k are normed
         absorb(block, scales)
     assert float((outputs(model, ids) - before).abs().max()) < 1e-10 * float(before.abs().max())
     changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True)]
     # embeddings, last norm, head; in each block biases of gate and down, or norms of q and k
     kept = 3 + 2 * (2 if kind in ("llama", "qwen3") else 0)
+    if kind == "opt":  # whose head is tied, and norm biased; there are positions, and fc2's bias
+        kept = 4 + 2
     assert sum(changed) == len(changed) - kept
 
 
-@pytest.mark.parametrize("name", ["attention", "mlp", "hidden", "value", "rotary", "shift"])
-def test_each_scale_alone_moves_something_and_no_output(name, monkeypatch):
-    model, ids = random_model(), torch.randint(300, (1, 16))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", name) for name in PLACES[:6]] + [("opt", name) for name in PLACES],
+)
+def test_each_scale_alone_moves_something_and_no_output(kind, name, monkeypatch):
+    model, ids = random_model(kind), torch.randint(300, (1, 16))
     norms_in_float64(model, monkeypatch)
     before = outputs(model, ids)
     block = decoder_blocks(model)[1]
@@ -118,7 +127,7 @@ def test_a_scale_of_normed_queries_is_refused():
     [
         ("gemma3_text", {"head_dim": 8}),
         ("phi3", {"pad_token_id": 0}),
-        ("opt", {"ffn_dim": 80, "word_embed_proj_dim": 48}),
+        ("gemma2", {"head_dim": 8}),
     ],
 )
 def test_families_in_which_scales_cannot_move_are_named(kind, sizes):
@@ -127,6 +136,33 @@ def test_families_in_which_scales_cannot_move_are_named(kind, sizes):
     with pytest.raises(ValueError, match=rf"of model type '{kind}'; scales can be moved exactly"):
         induce(model, torch.randint(300, (2, 8)))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("do_layer_norm_before", False, "True"),
+        ("layer_norm_elementwise_affine", False, "True"),
+        ("activation_function", "gelu", "'relu'"),
+    ],
+)
+def test_an_opt_in_which_scales_cannot_move_is_named(option, value, right):
+    model = random_model("opt", **{option: value})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    says = f"of an OPT with {option}={value!r}; scales can be moved exactly with {option}={right}"
+    with pytest.raises(ValueError, match=says):
+        induce(model, torch.randint(300, (2, 8)))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_opt_without_biases_has_scales_and_no_shift():
+    model, ids = random_model("opt", enable_bias=False), torch.randint(300, (2, 20))
+    before = outputs(model, ids)
+    for block in decoder_blocks(model):
+        assert not Scales.ones(block).shifts()
+        assert Scales.ones(block).rotary.shape == (48,)  # nothing turns: each channel has its own
+        absorb(block, random_scales(block))
+    assert float((outputs(model, ids) - before).abs().max()) < 1e-10
 
 
 @pytest.fixture(scope="module")
@@ -467,6 +503,73 @@ def test_blocks_and_scales_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"self_attn.q_proj is a SLRLinear"):
         induce(model, ids)
     assert all(torch.equal(p, before[f"model.layers.0.{k}"]) for k, p in block.named_parameters())
+
+
+def opt_problem():
+    """The first block of a float64 OPT whose channels are unlike and have means, and its inputs."""
+    model = random_model("opt")
+    inputs, block = first_inputs(model, torch.randint(300, (8, 32)), rows=4), decoder_blocks(model)
+    return block[0], inputs
+
+
+@pytest.mark.parametrize(("trained", "least"), [("scales", 0.97), ("shifts", 0.8)])
+def test_trained_scales_or_shifts_of_opt_lower_the_pruned_blocks_error(trained, least):
+    block, inputs = opt_problem()
+    with torch.no_grad():
+        parts = inputs.hidden.split(4)
+        dense = torch.cat([block(x, **inputs.arguments[len(x)][0]) for x in parts])
+    plain = pruned_error(block, inputs, dense, "2:4")
+    fixed = tuple({"scales": SHIFTS, "shifts": Scales.ones(block).logs()}[trained])
+    options = Induction(start=0, spectral=0, epochs=20, rate=0.05, fixed=fixed)
+    found = train_scales(block, inputs, 0, options)
+    for name, shift in found.scales.shifts().items():
+        assert bool(shift.any()) == (trained == "shifts"), name
+    absorb(block, found.scales)
+    error = pruned_error(block, inputs, dense, "2:4")
+    assert error < least * plain
+    assert error == pytest.approx(min(loss for loss, _ in found.trace), rel=1e-3)
+
+
+def test_shifts_change_wandas_mask_and_lower_its_error():
+    """As scales cannot."""
+    block, inputs = opt_problem()
+
+    def put_out(block):
+        with torch.no_grad():
+            return torch.cat([block(x, **inputs.arguments[4][0]) for x in inputs.hidden.split(4)])
+
+    dense = put_out(block)
+
+    def wanda(block):
+        pruned, chosen = copy.deepcopy(block), masks(block, inputs, "wanda", "2:4")
+        for name, layer in dense_linears(pruned).items():
+            layer.weight.data.mul_(chosen[name])
+        return chosen, float((put_out(pruned) - dense).norm())
+
+    before, plain = wanda(block)
+    options = Induction(spectral=0, epochs=20, rate=0.05, fixed=tuple(Scales.ones(block).logs()))
+    absorb(block, train_scales(block, inputs, 0, options).scales)
+    after, error = wanda(block)
+    assert not torch.equal(after["fc1"], before["fc1"])
+    assert torch.equal(after["fc2"], before["fc2"])  # after ReLU nothing is shifted
+    assert error < 0.95 * plain
+
+
+@pytest.mark.parametrize("prune", ["magnitude", "wanda"])
+def test_an_opt_is_induced_and_compressed_by_a_recipe(tmp_path, prune):
+    """In memory and from a folder alike; the folder loads, and its norms are the rescaled ones."""
+    from transformers import AutoModelForCausalLM
+
+    model, ids = random_model("opt").float(), torch.randint(300, (4, 32))
+    model.save_pretrained(tmp_path / "dense")
+    norm = decoder_blocks(model)[1].final_layer_norm.weight.detach().clone()
+    recipe = slr.Recipe(prune, "2:4", refine="svd", rank=2, prepare="induction", seqlen=32)
+    slr.compress(str(tmp_path / "dense"), recipe, calibration=ids, out=tmp_path / "small")
+    slr.compress_model(model, recipe, ids)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.allclose(outputs(again, ids), outputs(model, ids), atol=1e-5)
+    for each in (model, again):
+        assert not torch.equal(decoder_blocks(each)[1].final_layer_norm.weight, norm)
 
 
 def test_unusable_inputs_are_named():

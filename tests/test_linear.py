@@ -78,6 +78,21 @@ def test_rank_zero_is_the_pruned_layer():
     assert layer.rank == 0
 
 
+def test_without_any_kept_weight_it_is_its_low_rank(monkeypatch):
+    W = torch.randn(12, 20)
+    refined = slr.svd_repair(W, torch.zeros(12, 20, dtype=torch.bool), rank=3)
+    bias = torch.randn(12)
+    layer = slr.SLRLinear.from_refined(refined, bias, pattern="1.0")
+    assert layer.values.numel() == 0
+    U, s, Vh = torch.linalg.svd(W)
+    x = torch.randn(2, 5, 20)
+    monkeypatch.setattr("slr.layer.linear.sparse_linear", None)  # S is not multiplied
+    expected = x @ ((U[:, :3] * s[:3]) @ Vh[:3]).T + bias
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    layer(x).sum().backward()
+    assert layer.B.grad is not None
+
+
 def test_what_it_holds_is_what_is_stored():
     layer = layer_of(12, 8, 3, "2:4", dtype=torch.bfloat16)
     assert list(layer.state_dict()) == ["values", "B", "A", "bias", "bitmask"]

@@ -249,6 +249,74 @@ def test_without_the_pruners_step_momentum_would_move_them_but_they_do_not_count
     assert not layer.S[pruned].any()
 
 
+@pytest.mark.parametrize("mode", ["losparse", "itp"])
+def test_pruned_rows_grow_again_and_compete_if_they_may(mode):
+    """What the published code does, followed row by row."""
+    model = net(10, 24, 16)
+    losparse.convert(model, rank_ratio=0.1, mode=mode)
+    pruner = Pruner(model, remaining=0.4, steps=30, warmup=5, cooldown=8, regrow=3)
+    nonzero, whole = [], 10 * 24 + 24 * 16
+
+    def look():
+        nonzero.append([layer.S.any(1) for layer in pruner.layers.values()])
+        assert all(bool(layer.kept.all()) for layer in pruner.layers.values()) or pruner.done == 30
+
+    fit(model, pruner, 30, after=look)
+    counts = [sum(int(m.sum()) * w for m, w in zip(n, (10, 24), strict=True)) for n in nonzero]
+    assert counts[5] > counts[8] > counts[11]
+    for t, count in enumerate(counts, 1):
+        allowed = round(cubic(t, 30, pruner.final, warmup=5, cooldown=8) * whole)
+        assert (count <= allowed) == (t <= 5 or t % 3 == 0 or t >= 22), t  # in between all grow
+    for layer, last in zip(pruner.layers.values(), nonzero[-1], strict=True):
+        assert torch.equal(layer.kept, last)  # what is stored is what was trained
+    assert 0.4 - 24 / whole < losparse.remaining_ratio(model) <= 0.4
+    held = [layer.kept.clone() for layer in pruner.layers.values()]
+    for score, kept in zip(pruner.importance.values(), held, strict=True):
+        score[~kept] = 1e9
+    fit(model, pruner, 3)  # after the last step they stay, whatever the scores
+    for layer, kept in zip(pruner.layers.values(), held, strict=True):
+        assert torch.equal(layer.kept, kept)
+        assert torch.equal(layer.S.any(1), kept)
+
+
+@pytest.mark.parametrize(("regrow", "final"), [(2, {0}), (None, {1})])
+def test_a_pruned_row_returns_if_it_may_and_its_score_is_higher(regrow, final):
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False)])
+    losparse.convert(model, mode="itp", include=["0"])
+    layer, pruner = model[0], Pruner(model, remaining=0.5, steps=4, beta1=0.0, regrow=regrow)
+    loud = [1, 1, 0, 0]  # row 0 is pruned at step 2 at the latest; then it is the louder
+    for row in loud:
+        layer.S.grad = torch.full((2, 2), 0.1)
+        layer.S.grad[row] = 10.0
+        pruner.observe()
+        with torch.no_grad():
+            layer.S += 1.0  # the optimiser's step
+        pruner.step()
+        if pruner.done == 2:
+            assert not layer.S[0].any()
+            assert layer.S[1].all()
+    assert set(layer.kept.nonzero().flatten().tolist()) == final
+    assert set(layer.S.any(1).nonzero().flatten().tolist()) == final
+
+
+def test_rows_that_may_grow_are_scored_by_the_weights_after_the_step():
+    model = net(6, 8)
+    losparse.convert(model, mode="itp")
+    layer, pruner = model[0][0], Pruner(model, remaining=0.5, steps=9, beta1=0.5, regrow=2)
+    layer(torch.randn(4, 6)).square().sum().backward()
+    pruner.observe()
+    with torch.no_grad():
+        layer.S *= 3  # the optimiser's step
+    pruner.step()
+    expected = 0.5 * (layer.S * layer.S.grad).abs().mean(1)
+    assert torch.allclose(pruner.scores()["0.0"], expected)
+    pruner.patience = 1
+    layer.S.grad[0, 0] = torch.inf
+    pruner.observe()
+    pruner.step()
+    assert torch.allclose(pruner.scores()["0.0"], expected)
+
+
 def pruned_llama(mode="losparse", **options):
     """A LLaMA with some rows gone, as training leaves it."""
     model = llama(**options)
@@ -535,6 +603,7 @@ def stepped():
         (lambda: Pruner(converted(), remaining=0.1, steps=9), "U and V alone take 0.3667"),
         (lambda: Pruner(converted(), remaining=0.5, steps=0), "below steps, 0"),
         (lambda: Pruner(converted(), remaining=0.5, steps=9, beta1=1.0), "beta1 is 1.0"),
+        (lambda: Pruner(converted(), remaining=0.5, steps=9, regrow=0), "regrow is 0; it must be"),
         (lambda: Pruner(converted(), remaining=0.5, steps=9, beta2=-1), "beta2 is -1"),
         (lambda: Pruner(converted(), remaining=0.5, steps=9).observe(), "no S has a gradient"),
         (stepped, "observe() was not called"),

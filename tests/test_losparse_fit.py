@@ -121,6 +121,43 @@ def test_a_teacher_is_learned_from():
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
 
 
+def test_distillation_by_hand():
+    def model(logits, *hidden):
+        return lambda **batch: SimpleNamespace(
+            loss=torch.tensor(2.0), logits=torch.tensor(logits),
+            hidden_states=[torch.tensor(h) for h in hidden],
+        )  # fmt: skip
+
+    student = model([[0.0, 1.0]], [[1.0, 2.0]], [[3.0, 4.0]])
+    teacher = model([[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 4.0]])
+    loss, outputs = losparse.Distillation().learn(student, teacher, {})
+    assert loss == 2 + 15 * (4 / 2 + 9 / 2)
+    assert outputs.loss == 2
+    loss, _ = losparse.Distillation(output=3, hidden=0).learn(student, teacher, {})
+    p, q = (torch.tensor(x).div(2).softmax(0) for x in ([1.0, 0.0], [0.0, 1.0]))
+    assert loss.item() == pytest.approx(2 + 3 * 4 * float((p * (p / q).log()).sum()), rel=1e-5)
+    short = model([[1.0, 0.0]], [[1.0, 0.0]])
+    with pytest.raises(ValueError, match="student has 2 hidden states and teacher 1; they must"):
+        losparse.Distillation().learn(student, short, {})
+    other = model([[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 4.0, 0.0]])
+    with pytest.raises(ValueError, match=r"student has shape \(1, 2\) and teacher \(1, 3\)"):
+        losparse.Distillation().learn(student, other, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"output": -1}, "output is -1; it must be 0 or more"),
+        ({"hidden": math.inf}, "hidden is inf; it must be 0 or more"),
+        ({"temperature": 0}, "temperature is 0; it must be above 0"),
+        ({"hidden": 0}, "output and hidden are both 0"),
+    ],
+)
+def test_bad_distillation_is_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        losparse.Distillation(**options)
+
+
 def tiny():
     return slr.load("tiny", dtype=torch.float32)
 
@@ -144,6 +181,49 @@ def test_losparse_beats_both_baselines_on_the_embedded_model(text):
         assert all(layer.kept is None for layer in losparse.layers(model).values())
         found[mode] = slr.perplexity(model, text["validation"])
     assert found["losparse"] < 0.9 * min(found["itp"], found["lowrank"])
+
+
+def test_a_stored_student_is_taught_by_the_dense_model(text, tmp_path):
+    """Phase one, a file, phase two: nearer to the dense model, and as small as before."""
+    model, windows = tiny(), text["calibration"]
+    train(model, windows[:24], remaining=0.3, lr=1e-3)
+    losparse.save(model, tmp_path / "student.safetensors")
+    student = losparse.load(tiny(), tmp_path / "student.safetensors")
+    sizes = {name: layer.rows.clone() for name, layer in losparse.layers(student).items()}
+    teacher = tiny().train()
+    before, held = copy.deepcopy(teacher.state_dict()), text["validation"][:8]
+
+    def apart():
+        with torch.no_grad():
+            a, b = (m(held, output_hidden_states=True).hidden_states for m in (student, teacher))
+        return sum(float((x - y).square().mean()) for x, y in zip(a, b, strict=True))
+
+    gap = apart(), slr.perplexity(student, text["validation"])
+    weights = losparse.Distillation(output=1, hidden=1)
+    batch = {"input_ids": windows[:4], "labels": windows[:4]}
+    first = weights.learn(student, teacher, batch)[0].item()
+    modes = []
+    teacher.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    losses = losparse.teach(student, teacher, windows, distillation=weights, lr=1e-3)
+    assert len(losses) == 12
+    assert losses[0] == pytest.approx(first, rel=1e-5)
+    assert set(modes) == {False}
+    assert apart() < 0.9 * gap[0]
+    assert slr.perplexity(student, text["validation"]) < gap[1]
+    assert teacher.training
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    for name, layer in losparse.layers(student).items():
+        assert torch.equal(layer.rows, sizes[name])
+        assert len(layer.S) == len(layer.rows)
+
+
+def test_a_student_that_is_not_pruned_yet_is_named(text):
+    student = tiny()
+    losparse.convert(student)
+    with pytest.raises(
+        ValueError, match=r"q_proj still has its pruned rows; call losparse\.compact"
+    ):
+        losparse.teach(student, tiny(), text["calibration"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.losparse_recipes import RECIPES, encode, fine_tune, load, main
+from examples.losparse_recipes import RECIPES, TEACHING, distil, encode, fine_tune, load, main
 from slr.methods import losparse
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -166,6 +166,14 @@ def test_settings_are_those_of_the_public_scripts():
     assert 12 * xsum.cooldown * 204_045 / 32 == pytest.approx(8 * 6400, rel=0.01)
 
 
+def test_distillation_is_that_of_the_public_script():
+    assert losparse.Distillation() == losparse.Distillation(output=0, hidden=15, temperature=2)
+    recipe = replace(RECIPES["mnli"], **TEACHING)
+    settings = (recipe.lr, recipe.batch, recipe.accumulation, recipe.epochs, recipe.seed)
+    assert settings == (9e-5, 32, 1, 50, 7)
+    assert recipe.lr_warmup == 0
+
+
 def test_answers_are_found_in_the_window_that_holds_them():
     recipe = replace(RECIPES["squad"], length=16, stride=4)
     context = " ".join(WORDS).replace("w19 w20 w21 w22", "w19.w20 w21.w22")  # tokens that touch
@@ -187,6 +195,134 @@ def test_answers_are_found_in_the_window_that_holds_them():
             assert last == 0
             assert not {"w20", "w21"} <= set(tokens)
     assert found >= 1
+
+
+QUIET = {"use_cpu": True, "disable_tqdm": True}
+
+
+def apart(one, other):
+    """Mean squared difference of all hidden states."""
+    ids = torch.arange(4, 40).view(3, 12)
+    with torch.no_grad():
+        a, b = (m.eval()(input_ids=ids, output_hidden_states=True) for m in (one, other))
+    pairs = zip(a.hidden_states, b.hidden_states, strict=True)
+    return sum(float((x - y).square().mean()) for x, y in pairs)
+
+
+def test_a_stored_student_learns_from_a_dense_teacher(local, tmp_path):
+    """Both phases; in the second no row comes or goes, and the student comes nearer."""
+    recipe, student, out = small("mnli"), tmp_path / "student", tmp_path / "out"
+    folders = local(recipe)
+    first = fine_tune(recipe, student, **folders, **QUIET)
+    teacher = network(recipe.kind, recipe.labels)
+    second = replace(recipe, epochs=20, accumulation=1)
+    found = distil(
+        second, out, student=student, teacher=folders["model"], data=folders["data"], **QUIET
+    )
+    assert found["steps"] == 20 * 4
+    assert found["distillation"] == {"output": 0.0, "hidden": 15.0, "temperature": 2.0}
+    assert found["remaining"] == first["remaining"]
+    before, after = load(student), load(out)
+    for name, layer in losparse.layers(after).items():
+        old = losparse.layers(before)[name]
+        assert torch.equal(layer.rows, old.rows)
+        assert layer.S.shape == old.S.shape
+    moved = [name for name, layer in losparse.layers(after).items() if len(layer.rows)]
+    name = moved[0]
+    assert not torch.equal(losparse.layers(after)[name].S, losparse.layers(before)[name].S)
+    assert apart(after, teacher) < 0.8 * apart(before, teacher)
+    assert 0 < found["eval_loss"] < 3  # the task's alone
+    with pytest.raises(ValueError, match="complete already"):
+        distil(second, out, student=student, teacher=folders["model"], data=folders["data"])
+
+
+def test_a_stopped_distillation_goes_on(local, tmp_path, monkeypatch):
+    recipe, student = small("mnli"), tmp_path / "student"
+    folders = local(recipe)
+    fine_tune(recipe, student, **folders, **QUIET)
+    given = {"student": student, "teacher": folders["model"], "data": folders["data"]}
+    distil(recipe, tmp_path / "whole", **given, **QUIET, save_steps=1)
+    learn, seen = losparse.Distillation.learn, []
+
+    def stop(self, *args):
+        seen.append(1)
+        if len(seen) == 6:  # two passes in a step
+            raise KeyboardInterrupt
+        return learn(self, *args)
+
+    monkeypatch.setattr(losparse.Distillation, "learn", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(recipe, tmp_path / "out", **given, **QUIET, save_steps=1)
+    distil(recipe, tmp_path / "out", **given, **QUIET, save_steps=1)
+    assert len(seen) == 6 + 4
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "out"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
+def test_accumulated_passes_of_a_distillation_are_one_batch(local, tmp_path):
+    recipe, student = small("mnli"), tmp_path / "student"
+    folders = local(recipe)
+    fine_tune(recipe, student, **folders, **QUIET)
+    config = json.loads((student / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (student / "config.json").write_text(json.dumps(config))
+    given = {"student": student, "teacher": folders["model"], "data": folders["data"]}
+    made = []
+    for batch, accumulation in ((4, 2), (8, 1)):
+        out, mine = (
+            tmp_path / str(batch),
+            replace(recipe, batch=batch, accumulation=accumulation, lr=0.01),
+        )
+        distil(mine, out, **given, **QUIET, optim="sgd")  # Adam would hide a factor
+        made.append(load_file(out / "model.safetensors"))
+    before, (a, b) = load_file(student / "model.safetensors"), made
+    trained = [key for key in before if before[key].is_floating_point()]
+    moved, error = (
+        sum(float((a[key] - other[key]).square().sum()) for key in trained) for other in (before, b)
+    )
+    assert moved > 0
+    assert error < 0.01 * moved
+
+
+def test_what_cannot_be_distilled_is_named(local, tmp_path):
+    recipe, student = small("mnli"), tmp_path / "student"
+    folders = local(recipe)
+    given = {"student": student, "teacher": folders["model"], "data": folders["data"]}
+    with pytest.raises(ValueError, match=r"no losparse\.json: it is not of a finished training"):
+        distil("mnli", tmp_path / "out", **given)
+    with pytest.raises(ValueError, match="recipe is of answers; only a classification"):
+        distil("squad", tmp_path / "out", **given)
+    fine_tune(recipe, student, **folders, **QUIET)
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    config = DebertaV2Config.from_pretrained(folders["model"], num_hidden_layers=1, num_labels=3)
+    DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "teacher")
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="student has 3 hidden states and teacher 2"):
+        distil(recipe, tmp_path / "out", **{**given, "teacher": tmp_path / "teacher"}, **QUIET)
+
+
+def test_both_phases_by_the_command(tmp_path, local, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "mnli", small("mnli"))
+    monkeypatch.setitem(TEACHING, "epochs", 3)
+    folders = local(RECIPES["mnli"])
+    start = ["losparse", "mnli", "--cpu", f"--data={folders['data']}"]
+    first = [*start, f"--model={folders['model']}", f"--out={tmp_path / 'a'}"]
+    second = [*start, f"--student={tmp_path / 'a'}", f"--out={tmp_path / 'b'}"]
+    for arguments in (first, [*second, f"--teacher={folders['model']}"]):
+        monkeypatch.setattr("sys.argv", arguments)
+        main()
+    told = json.loads((tmp_path / "b" / "losparse.json").read_text())
+    assert told["recipe"] == {**told["recipe"], **TEACHING}
+    assert told["steps"] == 3 * 4
+    for more, says in (
+        ([], "--student and --teacher go together"),
+        ([f"--teacher={folders['model']}", "--mode=itp"], "--mode have no effect with --student"),
+    ):
+        monkeypatch.setattr("sys.argv", [*second, *more])
+        with pytest.raises(SystemExit):
+            main()
+        assert says in capsys.readouterr().err
 
 
 def test_bad_input_is_named(tmp_path, local):

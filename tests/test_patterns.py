@@ -66,6 +66,16 @@ def test_parse_gives_patterns_back():
     assert str(parse("0.5", "matrix")) == "0.5 by matrix"
 
 
+@pytest.mark.parametrize("name", ["1.0", "1.0 by matrix"])
+def test_a_pattern_may_keep_nothing(name):
+    mask = parse(name).select(torch.randn(5, 7))
+    assert mask.shape == (5, 7)
+    assert not mask.any()
+    assert parse(name).verify(mask)
+    assert not parse(name).verify(~mask)
+    assert str(parse(name)) == name
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -73,7 +83,7 @@ def test_parse_gives_patterns_back():
         (lambda: parse("0:4"), "0:4"),
         (lambda: parse("4:4"), "4:4"),
         (lambda: parse("half"), "'half' is neither"),
-        (lambda: parse("1.0"), "sparsity is 1.0"),
+        (lambda: parse("1.1"), "sparsity is 1.1"),
         (lambda: parse("-0.1"), "sparsity is -0.1"),
         (lambda: parse("nan"), "sparsity is nan"),
         (lambda: parse("0.5", "column"), "group is 'column'"),

@@ -60,6 +60,31 @@ def test_bad_recipes_are_named(options, says):
         slr.Recipe(**options)
 
 
+LOW = {"prune": "magnitude", "pattern": "1.0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({**LOW, "refine": "none"}, "1.0 keeps nothing, and refine='none' has nothing to work on;"),
+        (LOW, "refine='weights' has nothing to work on; give 'svd' or 'eora'"),
+        ({**LOW, "refine": "activations"}, "refine='activations' has nothing to work on"),
+        ({"pattern": "1", "refine": "svd"}, "prune='wanda' has no effect with pattern 1.0, which"),
+        ({"overrides": {"*": {"pattern": "1.0"}}}, "overrides['*']: pattern 1.0 keeps nothing"),
+    ],
+)
+def test_where_nothing_is_kept_only_the_low_rank_is_chosen(options, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        slr.Recipe(**options)
+
+
+def test_induction_has_no_mask_to_train_for_where_nothing_is_kept(small):
+    model = slr.load(small)
+    recipe = slr.Recipe(**LOW, refine="svd", prepare="induction")
+    with pytest.raises(ValueError, match=r"pattern 1.0 keeps nothing; there is no mask"):
+        slr.compress_model(model, recipe, None)
+
+
 def test_names_that_fit_no_layer_are_refused(small):
     model = slr.load(small)
     for options in ({"skip": ["*.w1"]}, {"overrides": {"*.w1": {"rank": 1}}}):

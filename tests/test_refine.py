@@ -153,6 +153,22 @@ def test_better_than_one_shot_and_accelerated_better_still():
     assert fast <= paper < svd < float((W - W * mask).norm())
 
 
+def test_the_mask_of_another_model_is_the_toolkits_reference_model():
+    """Its loop starts at the other model's kept weights; ours at the reference's: one end."""
+    reference = realistic(96, 128, seed=1, dtype=torch.float64)
+    noise = torch.randn(96, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for tuned in (reference + 0.3 * reference.std() * noise, realistic(96, 128, 2, torch.float64)):
+        mask = slr.prune(tuned, "magnitude", "0.5").mask
+        S = tuned * mask
+        for r in ramp(8, 50):
+            U, sigma, Vh = torch.linalg.svd(reference - S, full_matrices=False)
+            S = S + mask * ((U[:, r:] * sigma[r:]) @ Vh[r:])
+        error = float(torch.linalg.svdvals(reference - S)[8:].norm())
+        refined = slr.refine(reference, mask, 8, solver="exact")
+        assert refined.error == pytest.approx(error, rel=1e-4)
+        assert not refined.sparse[~mask].any()
+
+
 def test_full_rank_is_exact():
     W = realistic(12, 8)
     mask = slr.prune(W, "magnitude", "2:4").mask

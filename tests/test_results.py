@@ -82,6 +82,18 @@ def test_losparse_is_below_both_of_its_halves_at_every_ratio():
             assert mine["perplexity, reported"] < theirs["perplexity, reported"]
 
 
+def test_rows_that_may_return_hardly_do_and_do_not_help():
+    found = {(r["remaining asked"], r["order"], r["regrow"]): r for r in rows("regrowth")}
+    cells = {key[:2] for key in found}
+    assert cells == {(ratio, order) for ratio in (0.5, 0.3, 0.2, 0.1) for order in (0, 1)}
+    for cell in cells:
+        held, free = found[(*cell, None)], found[(*cell, 10)]
+        assert held["perplexity"] < free["perplexity"]
+        assert held["rows returned"] == 0
+        assert free["rows returned"] < free["rows kept"] / 500
+        assert free["remaining"] <= cell[0]
+
+
 @pytest.mark.parametrize("name", ["cap", "cap-refit"])
 def test_what_cap_learned_is_below_uniform_for_every_seed(name):
     found = rows(name)

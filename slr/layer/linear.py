@@ -275,6 +275,8 @@ class SLRLinear(Backed):
             cached = None if cached is None else cached.to(to)
         if x.dtype != values.dtype:
             raise ValueError(f"x has dtype {x.dtype}, but the layer {values.dtype}")
+        if self.rank and not values.numel():  # W = B A
+            return linear(linear(x, self.A), self.B, bias)
         if cached is not None:
             y = linear(x, cached, bias)
             return y + linear(linear(x, self.A), self.B) if self.rank else y

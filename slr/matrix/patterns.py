@@ -44,7 +44,7 @@ class Unstructured:
     """A fraction `sparsity` of the entries goes: floor(sparsity · count) in each group.
 
     Args:
-        sparsity: fraction pruned, 0 ≤ sparsity < 1.
+        sparsity: fraction pruned, 0 ≤ sparsity ≤ 1.  What 1 keeps is nothing.
         group: ``"row"`` compares within each output row (Wanda), ``"matrix"`` over the whole
             matrix (the usual magnitude pruning).
 
@@ -62,8 +62,8 @@ class Unstructured:
     group: str = "row"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity is {self.sparsity}; it must be from 0 to below 1")
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity is {self.sparsity}; it must be from 0 to 1")
         _check_group(self.group)
 
     @property

@@ -147,7 +147,9 @@ def refine(
 
     Args:
         weight: (m, n) = (out, in) or (batch, m, n), dense, before pruning; never modified.
-        mask: bool, same shape, True = kept (a kept weight may well be zero).
+        mask: bool, same shape, True = kept (a kept weight may well be zero).  It may be that of
+            another matrix, say of a model that was fine-tuned from this one: then this is what
+            the authors' code does with a reference model, whose weight is `weight`.
         rank: k of the low-rank part, from 1 to min(m, n).
         iterations: T, at least 1.
         metric: how errors are weighed; ``None`` is ``Identity()``, the paper, data-free.

@@ -45,6 +45,7 @@ class Repair(Step):
     rank: int | None = None
     rank_ratio: float | None = None
     changes_mask: ClassVar[bool] = False
+    alone: ClassVar[bool] = False  # whether it is all there is to do where nothing is kept
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank_ratio is not None:
@@ -164,9 +165,10 @@ class Outputs(Iterated):
 
 @dataclass(frozen=True)
 class SVD(Repair):
-    """One SVD of what pruning took away."""
+    """One SVD of what pruning took away; of the weight itself where a pattern keeps nothing."""
 
     name: ClassVar[str] = "svd"
+    alone: ClassVar[bool] = True
 
     def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.svd_repair`."""
@@ -202,6 +204,7 @@ class NoRepair(Step):
 
     name: ClassVar[str] = "none"
     changes_mask: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     rank: ClassVar[None] = None
 
     def resolved(self, hidden_size: int) -> NoRepair:

@@ -37,7 +37,8 @@ class Recipe:
         prune: a pruner, or its name in :data:`slr.matrix.steps.PRUNERS`: ``"magnitude"``,
             ``"random"``, ``"wanda"``, ``"sparsegpt"``.
         pattern: a sparsity pattern, or its name: ``"2:4"`` (semi-structured) or the fraction to
-            prune, ``"0.5"`` (unstructured).
+            prune, ``"0.5"`` (unstructured).  ``"1.0"`` keeps nothing, W ≈ B A: with
+            ``prune="magnitude"`` and ``refine="svd"`` or ``"eora"``.
         group: of a fraction, ``"row"`` (default) or ``"matrix"``.
         refine: a repair, or its name in :data:`slr.matrix.steps.REPAIRS`: Algorithm 1 on the
             ``"weights"`` (the paper, data-free), on weights scaled by activation norms
@@ -140,6 +141,7 @@ class Recipe:
             prepare=prepare, seed=seed, skip=tuple(skip),
             overrides={name: _plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
+        self._check_kept()
         self.variants()  # all overrides are looked at
         if samples is not None:
             check_count("samples", samples)
@@ -219,6 +221,23 @@ class Recipe:
         """The recipe, and what each override makes of it."""
         return [self, *(self._override(n, options) for n, options in self.overrides.items())]
 
+    def _check_kept(self) -> Recipe:
+        """Itself; raise ValueError if nothing is kept, and it says how to choose or refine that."""
+        if self.pattern.density:
+            return self
+        if not self.refine.alone:
+            names = " or ".join(repr(name) for name, step in REPAIRS.items() if step.alone)
+            raise ValueError(
+                f"pattern {self.pattern} keeps nothing, and refine={str(self.refine)!r} has "
+                f"nothing to work on; give {names}"
+            )
+        if str(self.prune) != "magnitude":
+            raise ValueError(
+                f"prune={str(self.prune)!r} has no effect with pattern {self.pattern}, which keeps "
+                "nothing; give 'magnitude'"
+            )
+        return self
+
     def pruned_only(self) -> Recipe:
         """The same without any repair."""
         overrides = {
@@ -259,7 +278,7 @@ class Recipe:
                 prune=step_of("prune", options.get("prune", self.prune), PRUNERS, {}),
                 pattern=_regrouped(options.get("pattern", self.pattern), options.get("group")),
                 refine=step_of("refine", refine, REPAIRS, {**kept, **wanted}),
-            )
+            )._check_kept()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
 

@@ -20,24 +20,12 @@ from torch.func import functional_call
 from slr.matrix.checks import check_finite
 from slr.matrix.patterns import NM, Pattern
 from slr.matrix.statistics import GramStatistic
-from slr.methods.induction.scales import (
-    LARGEST,
-    Scales,
-    dense_linears,
-    log_factors,
-    shifted,
-    spread,
-)
+from slr.methods.induction.families import dense_linears, places, spread
+from slr.methods.induction.scales import LARGEST, Scales, log_factors, shifted
 from slr.model.calibrate import BlockInputs, observe
 
 __all__ = ["BlockLoss", "SilentError", "soft_mask", "starting_scales"]
 
-READER = {  # one of the linears that read a scale's channels
-    "attention": "self_attn.q_proj",
-    "value": "self_attn.o_proj",
-    "mlp": "mlp.gate_proj",
-    "hidden": "mlp.down_proj",
-}
 POWER_STEPS = 3  # of the power iteration in a training step; ten times more at first
 
 
@@ -63,20 +51,21 @@ def starting_scales(
 
     Cost: one forward pass of the block over all windows, and its Gram matrices.
     """
-    watched = {name: dense_linears(block)[path] for name, path in READER.items()}
+    reader = {name: place.readers[0] for name, place in places(block).items()}
+    watched = {name: dense_linears(block)[path] for name, path in reader.items()}
     with observe(watched, GramStatistic) as found:
         inputs.run(index, block, keep=False)
-    grams = {name: found[name].gram() for name in READER}  # type: ignore[union-attr]
+    grams = {name: found[name].gram() for name in reader}  # type: ignore[union-attr]
     logs = {}
     for name, gram in grams.items():
-        check_finite(f"inputs of {READER[name]}", gram)
+        check_finite(f"inputs of {reader[name]}", gram)
         energy = gram.diagonal()
         if name == "value":  # the heads of a group are scaled alike
             attention: Any = block.self_attn
-            shape = (-1, attention.num_key_value_groups, attention.head_dim)
-            energy = energy.view(shape).mean(1).flatten()
+            heads = attention.v_proj.out_features // attention.head_dim
+            energy = energy.view(heads, -1, attention.head_dim).mean(1).flatten()
         if not bool(energy.any()):
-            raise SilentError(f"inputs of {READER[name]} are all zero; nothing to scale by")
+            raise SilentError(f"inputs of {reader[name]} are all zero; nothing to scale by")
         # A dead channel has no norm; its scale must be something.
         heard = energy.clamp_min(4.0**-LARGEST * float(energy.max()))
         if name not in fixed:
@@ -157,9 +146,8 @@ class BlockLoss:
                 scores = scores + row[:, None]
             mask = soft_mask(scores, self.pattern, self.temperature)
             made[f"{name}.weight"] = (wide * mask).to(weight.dtype)
-        if scales.shift is not None:
-            for name, bias in zip("vo", shifted(self.block, scales.shift), strict=True):
-                made[f"self_attn.{name}_proj.bias"] = bias.to(weight.dtype)
+        for name, bias in shifted(self.block, scales.shifts()).items():
+            made[f"{name}.bias"] = bias.to(weight.dtype)
         return made
 
     def spectral(self, scales: Scales) -> Tensor:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from slr.matrix.patterns import Pattern, Unstructured, parse
-from slr.methods.induction.scales import PLACES, ROWS, dense_linears
+from slr.methods.induction.families import dense_linears
+from slr.methods.induction.scales import PLACES, ROWS
 
 __all__ = ["Induction", "check_pattern"]
 
@@ -50,7 +51,8 @@ class Induction:
     fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        parse(self.pattern)
+        if not parse(self.pattern).density:
+            raise ValueError(f"pattern {self.pattern} keeps nothing; there is no mask to train for")
         if not 0 <= self.start <= 1:
             raise ValueError(f"start is {self.start}; it must be from 0 to 1")
         for name in ("output", "spectral", "epochs"):

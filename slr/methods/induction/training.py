@@ -16,7 +16,7 @@ from tqdm import tqdm
 from slr.matrix.patterns import parse
 from slr.methods.induction.loss import BlockLoss, SilentError, starting_scales
 from slr.methods.induction.options import Induction, check_pattern
-from slr.methods.induction.scales import Scales, absorb
+from slr.methods.induction.scales import SHIFTS, Scales, absorb
 from slr.model import distributed
 from slr.model.blocks import decoder_blocks, in_mode, walk
 from slr.model.calibrate import BlockInputs, first_inputs
@@ -41,7 +41,7 @@ def train_scales(
     """Scales under which a block, pruned by magnitude, comes closest to itself.
 
     Args:
-        block: dense decoder block of one of :data:`slr.methods.induction.scales.MODELS`, left as
+        block: dense decoder block of one of :data:`slr.methods.induction.families.MODELS`, left as
             it is.
         inputs: of this block, as :func:`slr.model.calibrate.first_inputs` gives them, or as
             compressed blocks before it have made them; the block is compared with itself on them.
@@ -94,10 +94,11 @@ def _epochs(losses: BlockLoss, scales: Scales, options: Induction) -> Iterator[S
     """
     moving = [log for name, log in scales.logs().items() if name not in options.fixed]
     groups: list[dict[str, Any]] = [{"params": moving, "lr": options.rate}]
-    if scales.shift is not None and "shift" not in options.fixed:  # has the unit of v
-        unit = float(losses.grams["value"].diagonal().mean().sqrt())
-        groups.append({"params": [scales.shift], "lr": options.rate * unit})
-        moving = [*moving, scales.shift]
+    for name, shift in scales.shifts().items():
+        if name not in options.fixed:  # has the unit of what it is added to
+            unit = float(losses.grams[SHIFTS[name]].diagonal().mean().sqrt())
+            groups.append({"params": [shift], "lr": options.rate * unit})
+            moving = [*moving, shift]
     for parameter in moving:
         parameter.requires_grad_()
     batches = losses.inputs.hidden.split(losses.inputs.rows)
@@ -128,7 +129,7 @@ def induce_block(
     """Train the scales of one block and absorb them, in place: a step before pruning it.
 
     Args:
-        block: filled dense decoder block of one of :data:`slr.methods.induction.scales.MODELS`.
+        block: filled dense decoder block of one of :data:`slr.methods.induction.families.MODELS`.
         index: its number in the model.
         inputs: of this block, whatever made them; they are left as they are.
         options: ``Induction()`` by default.
@@ -172,8 +173,8 @@ def induce(
     """Train and absorb scales block by block; the model stays dense and equivalent.
 
     Args:
-        model: loaded dense model of one of :data:`slr.methods.induction.scales.MODELS`, changed in
-            place.
+        model: loaded dense model of one of :data:`slr.methods.induction.families.MODELS`, changed
+            in place.
         windows: calibration token windows (count, seqlen).
         options: ``Induction()`` by default.
         rows: windows in a training step; chosen to memory when ``None``.

@@ -17,8 +17,10 @@ smoothed sensitivity is lowest are removed on a cubic schedule, over all matrice
     save(model, "model.safetensors")            # or to_slr(model): this package's checkpoints
 
 or ``Trainer(..., callbacks=[callback(pruner)])``, or :func:`train` for all of it on a causal
-language model.  Two baselines take the same path: ``"itp"``, iterative structured pruning of
-S = W, and ``"lowrank"``, U V alone.
+language model.  The published distillation is a second phase: the model that came out, compact
+and perhaps from a file, learns from the dense one, and nothing is pruned any more
+(:func:`teach`, :class:`Distillation`).  Two baselines take the same path: ``"itp"``, iterative
+structured pruning of S = W, and ``"lowrank"``, U V alone.
 
 What the public text leaves open, or its code does otherwise, and what is done here:
 
@@ -26,9 +28,11 @@ What the public text leaves open, or its code does otherwise, and what is done h
   mean over its entries of Ī, or of Ī·Ū with the uncertainty term.
 - The fraction p_t counts entries of S, as in the code: rows of any width compete by score alone.
 - Pruned rows stay pruned.  In the paper's formula a row could return, though the sensitivity of
-  a zero row is zero.  The code zeroes rows and lets the optimiser's momentum move them again.
+  a zero row is zero.  The code zeroes rows, every ``deltaT`` steps, and lets gradients and momentum
+  move them again in between; then all rows compete anew: ``Pruner(..., regrow=10)``.
 - Sensitivity is taken with the weights of its gradient; the code multiplies by those after the
-  step.  The threshold is renewed at every step; the code averages I over windows of ``deltaT``.
+  step, and so does `regrow` (before it a row just pruned would have none).  The code averages I
+  over windows of ``deltaT``; here it is smoothed at every step.
 - How the remaining ratio is shared between U V and S: ``rank_ratio`` is given.  Published scripts
   use 5% + 15% (MNLI) and 35% + 5% (XSum).
 - The remaining ratio counts U, V and S over the replaced matrices; biases and row indices do not
@@ -40,8 +44,8 @@ Source: Li et al. 2023, "LoSparse" (ICML); uncertainty: Zhang et al. 2022, "PLAT
 Book: chapter 12.
 """
 
-from slr.methods.losparse.distil import distillation_loss
-from slr.methods.losparse.fitting import fit, train
+from slr.methods.losparse.distil import Distillation, distillation_loss
+from slr.methods.losparse.fitting import fit, teach, train
 from slr.methods.losparse.linear import (
     MODES,
     LoSparseLinear,
@@ -55,7 +59,7 @@ from slr.methods.losparse.system import LoSparse
 from slr.methods.losparse.trained import callback, compact, load, save, to_slr
 
 __all__ = [
-    "MODES", "LoSparse", "LoSparseLinear", "Pruner", "account", "callback", "compact", "convert",
-    "cubic", "distillation_loss", "fit", "keep_rows", "layers", "load", "remaining_ratio", "save",
-    "to_slr", "train",
+    "MODES", "Distillation", "LoSparse", "LoSparseLinear", "Pruner", "account", "callback",
+    "compact", "convert", "cubic", "distillation_loss", "fit", "keep_rows", "layers", "load",
+    "remaining_ratio", "save", "teach", "to_slr", "train",
 ]  # fmt: skip

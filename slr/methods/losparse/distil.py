@@ -1,17 +1,100 @@
-"""Learning from the dense model while LoSparse prunes.
+"""Learning from the dense model: while LoSparse prunes, or in a second phase after it.
 
 Book: chapter 12.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-__all__ = ["distillation_loss"]
+__all__ = ["Distillation", "distillation_loss"]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What to learn from a teacher, beside the task.
+
+    By default as ``train_glue_distil.sh`` of LoSparse's code: hidden states only.
+
+    Args:
+        output: weight of :func:`distillation_loss` of the logits.
+        hidden: weight of the sum over hidden states (the embeddings' and every block's) of the
+            mean squared difference.
+        temperature: of the logits.
+
+    Raises:
+        ValueError: a weight that is negative, both 0, or a temperature that is not above 0.
+
+    >>> Distillation(hidden=0)
+    Traceback (most recent call last):
+    ValueError: output and hidden are both 0; there is nothing to learn from the teacher
+    """
+
+    output: float = 0.0
+    hidden: float = 15.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("output", "hidden"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+        if not self.output and not self.hidden:
+            raise ValueError(
+                "output and hidden are both 0; there is nothing to learn from the teacher"
+            )
+
+    def learn(
+        self, student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """The loss of a batch, and what the student put out.
+
+        Args:
+            student, teacher: called as ``model(**batch)``; both give ``logits``, the student its
+                ``loss``, and with `hidden` they give ``hidden_states`` when asked for them.
+            batch: with labels; every position counts, padding too, as in the published code.
+
+        Raises:
+            ValueError: hidden states that differ in number or shape, or logits that differ.
+
+        Cost: a forward pass of both.
+        """
+        asked = {**batch, "output_hidden_states": True} if self.hidden else batch
+        mine = student(**asked)
+        with torch.no_grad():
+            theirs = teacher(**asked)
+        loss = mine.loss
+        if self.output:
+            found = distillation_loss(mine.logits, theirs.logits, temperature=self.temperature)
+            loss = loss + self.output * found
+        if self.hidden:
+            ours, right = mine.hidden_states, theirs.hidden_states
+            if len(ours) != len(right):
+                raise ValueError(
+                    f"student has {len(ours)} hidden states and teacher {len(right)}; they must "
+                    "be as many"
+                )
+            for x, y in zip(ours, right, strict=True):
+                _check_alike(x, y)
+                loss = loss + self.hidden * (x.float() - y.float()).square().mean()
+        return loss, mine
+
+
+def _check_alike(student: Tensor, teacher: Tensor) -> None:
+    """Raise ValueError unless both have one shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; "
+            "they must be equal"
+        )
 
 
 def distillation_loss(
@@ -47,11 +130,7 @@ def distillation_loss(
     0.0
     """
     for mine, his in ((student, teacher), *hidden):
-        if mine.shape != his.shape:
-            raise ValueError(
-                f"student has shape {tuple(mine.shape)} and teacher {tuple(his.shape)}; "
-                "they must be equal"
-            )
+        _check_alike(mine, his)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     at = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)

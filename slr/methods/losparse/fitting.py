@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from slr.methods.losparse.distil import distillation_loss
+from slr.methods.losparse.distil import Distillation
 from slr.methods.losparse.linear import convert, layers
 from slr.methods.losparse.pruner import Pruner
 from slr.model.blocks import in_mode
 
-__all__ = ["fit", "train"]
+__all__ = ["fit", "teach", "train"]
 
 DIVERGED = 10  # times the first loss
+LOGITS = Distillation(output=1.0, hidden=0.0, temperature=1.0)
 
 
 def fit(
@@ -31,6 +32,7 @@ def fit(
     lr: float,
     pruner: Pruner | None = None,
     teacher: nn.Module | None = None,
+    distillation: Distillation = LOGITS,
     dtype: torch.dtype | None = None,
 ) -> list[float]:
     """Train on each batch once, and prune.
@@ -43,8 +45,8 @@ def fit(
         batches: as many as there are steps.
         lr: peak learning rate.
         pruner: of the model; its `steps` are the number of batches or fewer.
-        teacher: a model whose logits are learned too, by
-            :func:`~slr.methods.losparse.distillation_loss`.
+        teacher: a model that is learned from, too.
+        distillation: what of it; by default its logits.
         dtype: of autocast; ``None`` computes in the model's dtype.
 
     Returns:
@@ -77,7 +79,7 @@ def fit(
     losses: list[float] = []
     try:
         with in_mode(model, True):
-            for loss in _steps(model, batches, lr, pruner, teacher, dtype):
+            for loss in _steps(model, batches, lr, pruner, teacher, distillation, dtype):
                 losses.append(loss)
     except (ValueError, RuntimeError) as error:
         model.load_state_dict(before)
@@ -91,7 +93,7 @@ def fit(
 
 def _steps(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], lr: float, pruner: Pruner | None,
-    teacher: nn.Module | None, dtype: torch.dtype | None,
+    teacher: nn.Module | None, distillation: Distillation, dtype: torch.dtype | None,
 ) -> Iterator[float]:  # fmt: skip
     """Train; the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -101,7 +103,10 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(10 * share, (1 + math.cos(math.pi * share)) / 2)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            loss = _loss(model, batch, teacher)
+            if teacher is None:
+                loss = model(**batch).loss
+            else:
+                loss, _ = distillation.learn(model, teacher, batch)
         value = loss.item()
         first = value if step == 1 else first
         if not value <= DIVERGED * abs(first):
@@ -117,15 +122,6 @@ def _steps(
         yield value
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Any], teacher: nn.Module | None) -> Tensor:
-    found = model(**batch)
-    if teacher is None:
-        return found.loss
-    with torch.no_grad():
-        logits = teacher(**batch).logits
-    return found.loss + distillation_loss(found.logits, logits)
-
-
 def train(
     model: nn.Module,
     windows: Tensor,
@@ -138,6 +134,7 @@ def train(
     warmup: float = 0.05,
     cooldown: float = 0.65,
     beta2: float | None = None,
+    regrow: int | None = None,
     teacher: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[float]:
@@ -154,7 +151,7 @@ def train(
         lr, teacher, dtype: as for :func:`fit`.
         warmup, cooldown: shares of the steps, before pruning begins and after it ends.  In a short
             training it is better to prune early, and to have time to settle.
-        beta2: as for :class:`~slr.methods.losparse.Pruner`.
+        beta2, regrow: as for :class:`~slr.methods.losparse.Pruner`.
 
     Returns:
         The loss of each step.
@@ -172,13 +169,12 @@ def train(
         pruner, steps = None, -(-len(windows) // batch)
         if mode != "lowrank":
             pruner = Pruner(
-                model, remaining=remaining, steps=steps, beta2=beta2,
+                model, remaining=remaining, steps=steps, beta2=beta2, regrow=regrow,
                 warmup=int(warmup * steps), cooldown=int(cooldown * steps),
             )  # fmt: skip
-        batches = [
-            {"input_ids": ids, "labels": ids, "use_cache": False} for ids in windows.split(batch)
-        ]
-        losses = fit(model, batches, lr=lr, pruner=pruner, teacher=teacher, dtype=dtype)
+        losses = fit(
+            model, _batches(windows, batch), lr=lr, pruner=pruner, teacher=teacher, dtype=dtype
+        )
     except ValueError:
         for name in names:
             model.set_submodule(name, dense[name])
@@ -186,3 +182,50 @@ def train(
     for layer in layers(model).values():
         layer.compact_()
     return losses
+
+
+def teach(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor,
+    *,
+    distillation: Distillation | None = None,
+    batch: int = 4,
+    lr: float = 5e-4,
+    dtype: torch.dtype | None = None,
+) -> list[float]:
+    """Phase two on a causal language model: a pruned student learns from a dense teacher.
+
+    Phase one is :func:`train`, whose result may come from a file
+    (:func:`~slr.methods.losparse.load`).  Nothing is pruned any more; S has its kept rows only.
+
+    Args:
+        student: compact; changed in place.
+        teacher: dense, or any model with hidden states of the same shapes; left as it is.
+        windows: token ids (windows, length); each is seen once.
+        distillation: what to learn; the published weights by default.
+        batch: windows in a step.
+        lr, dtype: as for :func:`fit`.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        ValueError: a student that is not converted or not compact, a teacher that does not fit it,
+            or a diverging loss; the student is then as it was.
+
+    Cost: the training, with a forward pass of the teacher in each step.
+    Source: LoSparse's ``run_glue_distil.py``.  Example: ``tests/test_losparse_fit.py``.
+    """
+    for name, layer in layers(student).items():
+        if layer.kept is not None:
+            raise ValueError(f"{name} still has its pruned rows; call losparse.compact(student)")
+    with in_mode(teacher, False):
+        return fit(
+            student, _batches(windows, batch), lr=lr, dtype=dtype, teacher=teacher,
+            distillation=distillation or Distillation(),
+        )  # fmt: skip
+
+
+def _batches(windows: Tensor, size: int) -> list[dict[str, Any]]:
+    return [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in windows.split(size)]

@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from slr.matrix.checks import check_finite
+from slr.matrix.checks import check_count, check_finite
 from slr.methods.losparse.linear import LoSparseLinear, account, layers
 
 __all__ = ["Pruner", "cubic", "keep_rows"]
@@ -82,7 +82,7 @@ class Pruner:
 
     Ī = β₁ Ī + (1 - β₁) |S ∘ ∇S|, and with `beta2` Ū = β₂ Ū + (1 - β₂) |I - Ī|; a row's score is
     the mean over its entries of Ī, or Ī ∘ Ū.  :func:`keep_rows` keeps the fraction p_t of all
-    entries of S that :func:`cubic` allows; rows once pruned stay pruned.
+    entries of S that :func:`cubic` allows; rows once pruned stay pruned, but with `regrow`.
 
     Args:
         model: converted; ``"losparse"`` or ``"itp"``.
@@ -92,6 +92,11 @@ class Pruner:
         cooldown: last steps at the final share, t_f.
         beta1: β₁.
         beta2: β₂; ``None`` leaves out the uncertainty.
+        regrow: ``None``: pruned rows stay pruned.  A number, 10 in the authors' code (deltaT): as
+            there, pruned rows are set to zero and go on being trained; every so many steps, and at
+            every step of the cool-down, all rows compete anew, by the weights *after* the
+            optimiser's step, and those that lose are set to zero.  What has grown since is in the
+            forward pass; ``kept`` says that all rows are, until the last step fixes them.
         patience: steps in a row whose gradients may be other than finite.  A loss scaler makes
             such steps, and leaves the weights as they are; without one, such a step ruins them.
 
@@ -103,6 +108,7 @@ class Pruner:
     Raises:
         ValueError: nothing to prune, `remaining` below what U and V take or above 1, a β out of
             range, or no step left for pruning.
+        TypeError, ValueError: `regrow` is no number of steps.
 
     Cost: one number a row; with `beta2` two float32 numbers for each entry of S.
 
@@ -119,7 +125,8 @@ class Pruner:
 
     def __init__(
         self, model: nn.Module, *, remaining: float, steps: int, warmup: int = 0,
-        cooldown: int = 0, beta1: float = 0.85, beta2: float | None = None, patience: int = 0,
+        cooldown: int = 0, beta1: float = 0.85, beta2: float | None = None,
+        regrow: int | None = None, patience: int = 0,
     ) -> None:  # fmt: skip
         self.layers = {k: m for k, m in layers(model).items() if m.kept is not None}
         if not self.layers:
@@ -129,6 +136,8 @@ class Pruner:
                 raise ValueError(f"{name} is {beta}; it must be from 0 to below 1")
         if not 0 < remaining <= 1:
             raise ValueError(f"remaining is {remaining}; it must be above 0 and at most 1")
+        if regrow is not None:
+            check_count("regrow", regrow)
         cubic(0, steps, 1.0, warmup=warmup, cooldown=cooldown)
         whole = int(account(model).parameters)
         factors = sum(m.U.numel() + m.V.numel() for m in layers(model).values())
@@ -141,7 +150,7 @@ class Pruner:
         self.entries = sum(m.S.numel() for m in self.layers.values())
         self.final = min(1.0, budget / self.entries)
         self.steps, self.warmup, self.cooldown = steps, warmup, cooldown
-        self.beta1, self.beta2 = beta1, beta2
+        self.beta1, self.beta2, self.regrow = beta1, beta2, regrow
         self.patience, self._waited, self._observed = patience, 0, False
         self.done, self.skipped = 0, 0
         self.importance: dict[str, Tensor] = {}
@@ -175,8 +184,13 @@ class Pruner:
                 )
             return
         self._waited = 0
-        for name, grad in grads.items():
-            S = self.layers[name].S
+        if self.regrow is None:
+            self._sense()
+
+    def _sense(self) -> None:
+        """Smooth the sensitivity of the weights as they are, by the gradients that they have."""
+        for name, layer in self.layers.items():
+            S, grad = layer.S, layer.S.grad
             # Wide first: in half precision the product of two small numbers is zero.
             now = (S.float() * (0 if grad is None else grad.float())).abs()
             if self.beta2 is None:  # the mean over a row commutes with this smoothing
@@ -205,6 +219,10 @@ class Pruner:
             raise ValueError("observe() was not called since the last step()")
         self._observed = False
         self.done += 1
+        if self.regrow is not None and self.done <= self.steps:
+            if not self._waited:
+                self._sense()
+            return self._prune_anew(self.regrow)
         if self.fraction < 1 and self.importance:
             self._prune(round(self.fraction * self.entries))
         for layer in self.layers.values():  # momentum would move pruned rows away from zero
@@ -213,10 +231,24 @@ class Pruner:
     def _prune(self, budget: int) -> None:
         rows = {name: _kept(layer) for name, layer in self.layers.items()}
         scores = {k: s.where(rows[k], -1) for k, s in self.scores().items()}  # below any kept row
+        for name, stays in self._chosen(scores, budget).items():
+            rows[name].logical_and_(stays)  # the module's own buffer
+
+    def _prune_anew(self, every: int) -> None:
+        """As the authors' code: set the rows of least score to zero, whatever was before."""
+        resting = self.done >= self.steps - self.cooldown
+        if self.fraction == 1 or not self.importance or not (resting or self.done % every == 0):
+            return
+        chosen = self._chosen(self.scores(), round(self.fraction * self.entries))
+        for name, stays in chosen.items():
+            self.layers[name].S.masked_fill_(~stays.unsqueeze(1), 0)
+            if self.done == self.steps:
+                _kept(self.layers[name]).copy_(stays)
+
+    def _chosen(self, scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
         widths = [self.layers[name].S.shape[1] for name in scores]
         chosen = keep_rows(list(scores.values()), widths, budget)
-        for name, stays in zip(scores, chosen, strict=True):
-            rows[name].logical_and_(stays)  # the module's own buffer
+        return dict(zip(scores, chosen, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What to keep, beside the model, to go on later."""
