@@ -16,7 +16,7 @@ WIDTH, HEADS, BLOCKS = 32, 4, 2
 
 
 def permuted(weight, heads):
-    """The order in which llama.cpp keeps the rows of q and k: pairs of the rotary table together."""
+    """The rows of q and k as llama.cpp keeps them: pairs of the rotary table together."""
     m, n = weight.shape
     return weight.view(heads, 2, m // heads // 2, n).transpose(1, 2).reshape(m, n)
 
