@@ -142,7 +142,7 @@ def test_recipe_ranks():
     [
         ({"prune": "best"}, "prune 'best' is unknown"),
         ({"refine": "more"}, "refine 'more' is unknown"),
-        ({"schedule": "now"}, "schedule 'now' is unknown"),
+        ({"refine": "weights", "schedule": "now"}, "schedule 'now' is unknown"),
         ({"pattern": "3:2"}, "3:2"),
         ({"rank": 0}, "rank is 0"),
         ({"rank_ratio": 1.5}, "rank_ratio is 1.5"),
@@ -189,7 +189,7 @@ def test_not_compressed_twice(small, tmp_path):
 def test_damaged_folders_are_named(small, tmp_path):
     folder = tmp_path / "a"
     slr.compress(small, slr.Recipe(prune="magnitude", iterations=1), out=folder)
-    weights, config = folder / "model-00001-of-00003.safetensors", folder / "config.json"
+    weights, config = folder / "model.safetensors", folder / "config.json"
     whole, notes = weights.read_bytes(), json.loads(config.read_text())
 
     tensors = load_file(weights)
@@ -226,7 +226,7 @@ def test_eora_is_the_one_shot_repair_of_the_outputs():
 
 def test_a_tolerance_stops_refinement_but_not_the_papers_ramp():
     weight, gram = torch.randn(12, 16), torch.eye(16)
-    for options in ({"refine": "activations"}, {"schedule": "accelerated"}):
+    for options in ({"refine": "activations"}, {"refine": "weights", "schedule": "accelerated"}):
         counts = [
             len(compress_layer(
                 weight, slr.Recipe(prune="magnitude", rank=3, tolerance=tolerance, **options),
@@ -237,7 +237,7 @@ def test_a_tolerance_stops_refinement_but_not_the_papers_ramp():
         assert counts[0] == 51
         assert counts[1] < 10
     with pytest.raises(ValueError, match=r"tolerance 0.3 has no effect with schedule='paper'"):
-        slr.Recipe(prune="magnitude", tolerance=0.3)
+        slr.Recipe(prune="magnitude", refine="weights", tolerance=0.3)
 
 
 # What pruning left is data: where it moves weights, a mask on the dense ones is another model.

@@ -44,7 +44,7 @@ def test_windows_are_consecutive_and_whole(tokenizer, text):
     rows = windows(text, tokenizer, 100)
     assert rows.shape == (len(ids) // 100, 100)
     assert rows.flatten().tolist() == ids[: rows.numel()]
-    assert torch.equal(windows(text, tokenizer, 100, limit=2), rows[:2])
+    assert torch.equal(windows(text, tokenizer, 100, limit=2), rows[[0, len(rows) // 2]])
 
 
 def test_text_from_a_file(tmp_path):
@@ -72,10 +72,13 @@ def test_bad_input_is_named(call, says, tokenizer):
         call(tokenizer)
 
 
-def test_calibration_takes_the_first_windows_of_a_text(tokenizer, tmp_path):
+def test_calibration_is_spread_over_a_text_but_every_tenth_window(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text(corpus("calibration")[:9000])
     found = calibration(str(tmp_path / "text.txt"), tokenizer, 64, 5)
-    assert torch.equal(found, windows(corpus("calibration")[:9000], tokenizer, 64)[:5])
+    every = windows(corpus("calibration")[:9000], tokenizer, 64)
+    seen = [i for i in range(len(every)) if i % 10 != 9]
+    assert torch.equal(found, every[[seen[i * len(seen) // 5] for i in range(5)]])
+    assert torch.equal(calibration(str(tmp_path / "text.txt"), tokenizer, 64), every[seen][:32])
     with pytest.raises(ValueError, match="fewer than the 500 samples"):
         calibration(str(tmp_path / "text.txt"), tokenizer, 64, 500)
 

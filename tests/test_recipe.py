@@ -51,7 +51,10 @@ def test_a_recipe_survives_json():
     [
         ({"overrides": {"*": {"seed": 1}}}, "option 'seed' is not one of a layer"),
         ({"overrides": {"*": {"pattern": "5:2"}}}, "5:2"),
-        ({"update_mask": True}, "update_mask=True has no effect with refine='weights'"),
+        (
+            {"refine": "weights", "update_mask": True},
+            "update_mask=True has no effect with refine='weights'",
+        ),
         ({"tolerance": 1}, "tolerance is 1; it must be from 0 to below 1"),
     ],
 )
@@ -100,7 +103,10 @@ def test_names_that_fit_no_layer_are_refused(small):
         ({"prune": "magnitude", "samples": 4}, "samples=4 has no effect with prune='magnitude'"),
         ({"prune": "magnitude", "seqlen": 64}, "seqlen=64 has no effect"),
         ({"pattern": "2:4", "group": "matrix"}, "group 'matrix' has no effect on pattern 2:4"),
-        ({"tolerance": 0.1}, "tolerance 0.1 has no effect with schedule='paper'"),
+        (
+            {"refine": "weights", "tolerance": 0.1},
+            "tolerance 0.1 has no effect with schedule='paper'",
+        ),
         ({"seqlen": 0}, "seqlen is 0; a window needs at least 2 tokens"),
         ({"refine": "none", "rank": 3}, "rank=3 has no effect with refine='none'"),
         ({"refine": "svd", "iterations": 3}, "iterations=3 has no effect with refine='svd'"),

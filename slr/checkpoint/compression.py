@@ -19,12 +19,11 @@ from slr.checkpoint.folder import shard_name
 from slr.checkpoint.measuring import go_on, keep, measure, take, watched
 from slr.checkpoint.whole import compress_whole
 from slr.checkpoint.work import Work, begin, calibration_windows
-from slr.methods.blockwise import compress_model, prepare_block, progress_bar
+from slr.methods.blockwise import calibration_inputs, compress_model, prepare_block, progress_bar
 from slr.methods.system import System
 from slr.model import distributed, hf
-from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport, compress_block
-from slr.model.calibrate import BlockInputs, first_inputs
+from slr.model.calibrate import BlockInputs
 from slr.model.data import check_windows
 from slr.model.heldout import HeldOut
 from slr.model.recipe import Recipe
@@ -151,12 +150,9 @@ def _inputs(work: Work) -> BlockInputs | None:
     """Of the first block, for this process's calibration windows."""
     if work.windows is None:
         return None
-    stream, recipe = work.stream, work.method
-    assert isinstance(recipe, Recipe)
-    # Training of scales runs blocks by other ways, in the dtype of their weights.
-    own = None if recipe.prepare != "none" else compute_dtype(stream.dtype, stream.device)
-    windows = distributed.mine(work.windows)
-    return first_inputs(stream.model, windows, folder=work.journal.scratch, dtype=own)
+    assert isinstance(work.method, Recipe)
+    scratch = work.journal.scratch
+    return calibration_inputs(work.stream.model, work.method, work.windows, scratch)
 
 
 def _blocks(

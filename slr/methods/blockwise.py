@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from slr.methods.induction.options import Induction, check_pattern
 from slr.methods.induction.training import induce_block
 from slr.model import distributed, hf
+from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport, compress_block
 from slr.model.blocks import blocks_name, check_dense, decoder_blocks, in_mode, walk
 from slr.model.calibrate import BlockInputs, first_inputs
@@ -27,7 +29,7 @@ from slr.model.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compress_model", "plan_layers", "prepare_block", "progress_bar"]
+__all__ = ["calibration_inputs", "compress_model", "plan_layers", "prepare_block", "progress_bar"]
 
 
 def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict[str, Recipe]]:
@@ -128,13 +130,31 @@ def compress_model(
     reports: list[LayerReport] = []
     with in_mode(model, False), progress_bar(plan, progress) as bar:
         if windows is not None and recipe.needs_data:
-            inputs = first_inputs(model, distributed.mine(windows))
+            inputs = calibration_inputs(model, recipe, windows)
         for index, name, block in walk(model, inputs):
             prepare_block(block, index, recipe, inputs)
             seed = recipe.seed + len(reports)
             reports += compress_block(name, block, index, plan[index], inputs, seed=seed, bar=bar)
     hf.adopt(model, hf.notes(None, recipe.as_dict(), None, reports))
     return reports
+
+
+def calibration_inputs(
+    model: PreTrainedModel, recipe: Recipe, windows: Tensor, folder: Path | None = None
+) -> BlockInputs:
+    """Of the first block, for this process's calibration windows.
+
+    Args:
+        model: whose embeddings at least hold weights.
+        recipe: that needs data.
+        windows: int64 (count, seqlen); all of them.
+        folder: where large inputs may be kept on disk.
+    """
+    weight = model.get_input_embeddings().weight
+    dtype = compute_dtype(weight.dtype, weight.device)  # type: ignore[arg-type]
+    if recipe.prepare != "none":  # scales are trained in the dtype of the weights
+        dtype = weight.dtype  # type: ignore[assignment]
+    return first_inputs(model, distributed.mine(windows), folder=folder, dtype=dtype)
 
 
 @contextmanager
