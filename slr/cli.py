@@ -17,14 +17,14 @@ import typer
 
 import slr
 import slr.options as opt
+from slr import reports
 from slr.checkpoint import conversion, named
-from slr.checkpoint.cards import far
-from slr.checkpoint.estimates import Estimate, estimate
+from slr.checkpoint.estimates import estimate
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
 from slr.checkpoint.work import look
-from slr.console import Commands, as_json, measured_rows, say, table
+from slr.console import Commands, as_json, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
 from slr.model import data, distributed
@@ -103,11 +103,11 @@ def compress(
     system = opt.given(budget=budget, steps=steps)
     recipe = opt.recipe_of(method, system, options, config, preset)
     where, source = _device(device), _folder(model)
-    say(f"{model} -> {out}: {_told(recipe)}, on {where}")
+    say(f"{model} -> {out}: {reports.told(recipe)}, on {where}")
     if isinstance(recipe, Recipe) and distributed.alone()[1] == 1:
         prospect = look(model, out, recipe, calibration=calibration, device=where)
         if dry_run or not (out.parent / f"{out.name}.partial").exists():
-            _foretell(estimate(prospect), dry_run and json_output)
+            reports.foretell(estimate(prospect), dry_run and json_output)
         del prospect
     elif dry_run:
         raise ValueError("--dry-run is for a recipe, in one process")
@@ -122,7 +122,7 @@ def compress(
         times = {"seconds": time.perf_counter() - started, **stages}
         sizes = {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)}
         measured = (about(out) or {}).get("measured")
-        _report(layers, times, sizes, measured, json_output)
+        reports.report(layers, times, sizes, measured, json_output)
 
 
 def _folder(model: str) -> Path:
@@ -131,58 +131,6 @@ def _folder(model: str) -> Path:
     if folder is not None:
         say(f"{model}: converted once, to {folder} (some seconds)")
     return resolve(model)
-
-
-def _foretell(found: Estimate, json_output: bool) -> None:
-    """What a compression will take."""
-    if json_output:
-        print(as_json(found._asdict()))
-        return
-    minutes = found.seconds / 60
-    long = f"{found.seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
-    say(
-        f"about {long}, {found.memory / 1e9:.1f} GB of memory, {found.disk / 1e6:.1f} MB of disk "
-        "(estimated by trying out one block)"
-    )
-
-
-def _told(recipe: Recipe | System) -> str:
-    """A recipe in a few words."""
-    if isinstance(recipe, System):
-        return f"{recipe.name}, {recipe.budget:g} of the parameters"
-    repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}
-    after = repair.get(str(recipe.refine), f"refined by {recipe.refine}")
-    before = "" if recipe.prepare == "none" else f"{recipe.prepare}, "
-    return f"{before}{recipe.prune} {recipe.pattern}, {after}"
-
-
-def _report(
-    layers: list, times: dict, sizes: dict, measured: dict | None, json_output: bool
-) -> None:
-    """What a compression did."""
-    kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
-    mean = {key: kinds[key] for key in ("pruned_error", "error")}
-    if json_output:
-        told = {"layers": len(layers), **times, **mean, **sizes, "measured": measured}
-        print(as_json({**told, **provenance()}))
-        return
-    rows = [
-        ("layers", str(len(layers))),
-        ("mean relative error, pruned", f"{mean['pruned_error']:.4f}"),
-        ("mean relative error, result", f"{mean['error']:.4f}"),
-    ]
-    if kinds["output_error"] is not None:
-        rows.append(("mean output error, result", f"{kinds['output_error']:.4f}"))
-    rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
-    rows += measured_rows(measured)
-    print(table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
-    _warn(measured)
-
-
-def _warn(measured: dict | None) -> None:
-    warning = None if measured is None else far(measured)
-    if warning is not None:
-        say(f"slr: warning: {warning}")
 
 
 def _device(device: str) -> str:
@@ -227,8 +175,8 @@ def evaluate(
         opt.refuse(opt.given(source=source), "with --no-compare")
     folder = _folder(model)
     if text is None:  # a text for a first look; others are read whole
-        text, limit = "embedded", limit or opt.WINDOWS
-        seqlen = seqlen or context(folder, opt.LONGEST)
+        text, limit = "embedded", opt.WINDOWS if limit is None else limit
+        seqlen = context(folder, opt.LONGEST) if seqlen is None else seqlen
     seqlen = context(folder) if seqlen is None else seqlen
     windows = data.windows(data.load_text(text), load_tokenizer(folder), seqlen, limit)
     say(f"{model}: perplexity on {text}, {windows.shape[0]} windows of {seqlen} tokens")
@@ -284,25 +232,7 @@ def info(model: opt.Folder, json_output: opt.Json = False) -> None:
         sizes = {"MB": size, "parameters_before": found.dense, "parameters": found.kept}
         print(as_json({"model": model, "compressed": True, **sizes, **notes}))
         return
-    recipe = {k: v for k, v in notes["recipe"].items() if v not in (None, [], {}, False)}
-    share = f"({found.kept / found.dense:.3f})"
-    rows = [
-        ("source", notes["source"]),
-        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.items())),
-        ("weights", f"{size:.1f} MB"),
-        ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
-        *measured_rows(notes.get("measured")),
-    ]
-    print(table(rows) + "\n")
-    print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")
-    for kind, row in found.kinds.items():
-        low, high = row["ranks"][0], row["ranks"][-1]
-        span = str(low) if low == high else f"{low}-{high}"
-        output = "" if row["output_error"] is None else f"{row['output_error']:.4f}"
-        print(
-            f"{kind:<12} {row['number']:>6} {span:>9} {row['pruned_error']:>8.4f} "
-            f"{row['error']:>8.4f} {output:>8}"
-        )
+    reports.describe(notes, found, size)
 
 
 @app.command("convert")

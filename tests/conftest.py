@@ -46,6 +46,14 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def several():
+    """While a module runs, compressed folders have several tensor files, as large models have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slr.checkpoint.finish.SMALL", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def text():
     """A few thousand characters of the validation corpus."""

@@ -26,7 +26,7 @@ def test_compress_then_eval_prints_three_perplexities(small, tmp_path):
 
 def test_wanda_and_json(small, tmp_path):
     out = tmp_path / "x"
-    options = ["--samples", 4, "--seqlen", 32, "--iterations", 2, "--json"]
+    options = ["--refine", "weights", "--samples", 4, "--seqlen", 32, "--iterations", 2, "--json"]
     done = run("compress", small, "--out", out, *options)
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
@@ -46,7 +46,7 @@ def test_wanda_and_json(small, tmp_path):
         (["compress", "tiny", "--out", "X", "--group", "tree"], "group is 'tree'"),
         (["compress", "tiny", "--out", "X", "--device", "tpu"], "device 'tpu'"),
         (["compress", "tiny", "--out", "X", "--calibration", "nowhere"], "'nowhere'"),
-        (["compress", "no-such-folder", "--out", "X"], "neither 'tiny', nor a folder"),
+        (["compress", "no-such-folder", "--out", "X"], "neither 'tiny', 'smollm2', nor a folder"),
         (["compress", ".", "--out", "X"], "no config.json"),
         (["compress", "tiny", "--out", "taken"], "exists already"),
         (
@@ -56,7 +56,7 @@ def test_wanda_and_json(small, tmp_path):
         (["compress", "tiny", "--out", "X", "--override", "*.w1"], "is not NAME:option=value"),
         (["compress", "tiny", "--out", "X", "--override", "*:size=1"], "option 'size'"),
         (["compress", "tiny", "--out", "X", "--samples", "9999"], "fewer than the 9999 samples"),
-        (["info", "nowhere"], "neither 'tiny', nor a folder"),
+        (["info", "nowhere"], "neither 'tiny', 'smollm2', nor a folder"),
         (["export", "tiny", "--to", "dense", "--out", "X"], "is not compressed"),
         (["eval", "tiny", "--dtype", "int8"], "dtype 'int8'"),
         (["eval", "tiny", "--text", "short.txt"], "fewer than one window"),
@@ -174,7 +174,10 @@ def test_bench_runs_a_benchmark_with_its_own_options():
         (["--prune", "magnitude", "--samples", "4"], "samples=4 has no effect"),
         (["--prune", "magnitude", "--seqlen", "64"], "seqlen=64 has no effect"),
         (["--group", "matrix"], "group 'matrix' has no effect on pattern 2:4"),
-        (["--tolerance", "0.1"], "tolerance 0.1 has no effect with schedule='paper'"),
+        (
+            ["--refine", "weights", "--tolerance", "0.1"],
+            "tolerance 0.1 has no effect with schedule='paper'",
+        ),
         (["--seqlen", "0"], "seqlen is 0; a window needs at least 2 tokens"),
         (["--refine", "none", "--rank", "2"], "rank=2 has no effect with refine='none'"),
         (["--method", "cap", "--config", "x.yaml"], "option --config has no effect with --method"),

@@ -291,7 +291,8 @@ def test_every_loader_is_told_to_trust_nothing():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_cell_that_is_no_number_is_null(tmp_path, monkeypatch, value):
-    monkeypatch.setattr(reproduction, "measure", lambda *args, **options: (value, []))
+    losses = torch.tensor([value] * 24)
+    monkeypatch.setattr(reproduction, "measure", lambda *args, **options: (losses, []))
     spec = reproduction.Spec.read("tiny")
     found = reproduction.reproduce(spec, tmp_path, rows=["dense"])
     assert str(found["dense"]["dense"]) == "nan"

@@ -28,7 +28,7 @@ def test_batches_and_limit_do_not_change_it(loaded, monkeypatch):
     monkeypatch.setattr("slr.evaluate.likelihood.TOKENS_AT_ONCE", 16)
     assert slr.perplexity(loaded, windows) == pytest.approx(whole, rel=1e-5)
     assert slr.perplexity(loaded, windows, limit=2) == pytest.approx(
-        slr.perplexity(loaded, windows[:2])
+        slr.perplexity(loaded, windows[[0, 2]])
     )
 
 

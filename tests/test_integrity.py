@@ -20,7 +20,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
+def whole(small, tmp_path_factory, several):
     out = tmp_path_factory.mktemp("whole") / "out"
     slr.compress(small, RECIPE, out=out)
     return out

@@ -29,7 +29,7 @@ FIRST = f"model.{INNER}"
 
 
 @pytest.fixture(scope="module")
-def made(small, tmp_path_factory):
+def made(small, tmp_path_factory, several):
     out = tmp_path_factory.mktemp("loading") / "c"
     slr.compress(small, REFINE, out=out)
     return out

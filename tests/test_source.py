@@ -80,7 +80,10 @@ def test_a_source_that_has_moved_is_found_when_named(made, tmp_path):
     assert list(json.loads(out)["perplexity"]) == ["dense", "pruned", "refined"]
     louder(tmp_path / "moved")
     assert evaluate(made, "--source", tmp_path / "moved")[0] == 2
-    for wrong, says in (("nowhere", "neither 'tiny', nor a folder"), (made, "is not what")):
+    for wrong, says in (
+        ("nowhere", "neither 'tiny', 'smollm2', nor a folder"),
+        (made, "is not what"),
+    ):
         code, told, _ = evaluate(made, "--source", wrong)
         assert code == 2
         assert says in told

@@ -74,7 +74,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_files(
 def test_losparse_stores_what_training_changed_elsewhere(small, tmp_path):
     slr.compress(small, slr.LoSparse(**QUICK), out=tmp_path / "out")
     before = load_file(small / "model.safetensors")
-    now = load_file(tmp_path / "out" / "model-00003-of-00003.safetensors")
+    now = load_file(tmp_path / "out" / "model.safetensors")
     words = "model.embed_tokens.weight"
     assert not torch.equal(before[words], now[words])
     assert now[words].dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def test_induction_is_stored_and_resumed_with_its_block(small, tmp_path, monkeyp
     assert recipe.needs_data
     slr.compress(small, recipe, out=tmp_path / "calm")
     norm = "model.layers.0.input_layernorm.weight"
-    stored = load_file(tmp_path / "calm" / "model-00001-of-00003.safetensors")[norm]
+    stored = load_file(tmp_path / "calm" / "model.safetensors")[norm]
     assert not torch.equal(stored, load_file(small / "model.safetensors")[norm])
     with monkeypatch.context() as patch:
         stop_at("model-00002", patch)

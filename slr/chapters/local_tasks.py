@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from slr.model import data
+from slr.model.embedded import LONGEST
 
 __all__ = ["NAMES", "build", "cloze", "continuation"]
 
@@ -38,7 +39,7 @@ def _kind(word: str) -> str:
 
 def _held_out() -> dict[str, str]:
     named = data.documents().items()
-    return {name: text[: data.LONGEST] for name, text in named if data.held_out(name)}
+    return {name: text[:LONGEST] for name, text in named if data.held_out(name)}
 
 
 def _in_turn(places: Mapping[str, list], draw: random.Random) -> Iterator[tuple[str, re.Match]]:

@@ -142,9 +142,7 @@ def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str, int]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    options: dict[str, Any] = {
-        "gguf_file": file.name, "local_files_only": True, "trust_remote_code": False
-    }  # fmt: skip
+    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     more: dict[str, Any] = {"dtype": dtype}
     try:
         from transformers import GgufConfig
@@ -157,8 +155,10 @@ def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str, int]]:
     logging.set_verbosity_error()
     try:
         types = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **options, **more)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, trust_remote_code=False, **options, **more
+        )
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -19,7 +19,7 @@ from slr.checkpoint.digests import fingerprint, stamps
 from slr.checkpoint.finish import complete
 from slr.checkpoint.folder import context, load_tokenizer, resolve, small_files
 from slr.checkpoint.journal import Journal
-from slr.checkpoint.place import target
+from slr.checkpoint.place import check_free, target
 from slr.checkpoint.sizes import bytes_after, check_space
 from slr.checkpoint.source import origin
 from slr.methods.blockwise import plan_layers
@@ -112,6 +112,8 @@ def look(
     """
     distributed.start(device)
     out, source = target(out), resolve(model)
+    if not out.with_name(f"{out.name}.partial").exists():
+        check_free(out)
     stream = Stream(source, device)
     if stream.about is not None:
         raise ValueError("the model is compressed already; give its dense source")

@@ -1,0 +1,94 @@
+"""What the ``slr`` command says of a compression, before and after."""
+
+from __future__ import annotations
+
+from slr.checkpoint.cards import far
+from slr.checkpoint.estimates import Estimate
+from slr.checkpoint.sizes import Summary
+from slr.console import as_json, measured_rows, say, table
+from slr.evaluate.origin import provenance
+from slr.methods.system import System
+from slr.model.recipe import Recipe
+
+__all__ = ["describe", "foretell", "report", "told"]
+
+
+def foretell(found: Estimate, json_output: bool) -> None:
+    """What a compression will take."""
+    if json_output:
+        print(as_json(found._asdict()))
+        return
+    minutes = found.seconds / 60
+    long = f"{found.seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
+    say(
+        f"about {long}, {found.memory / 1e9:.1f} GB of memory, {found.disk / 1e6:.1f} MB of disk "
+        "(estimated by trying out one block)"
+    )
+
+
+def told(recipe: Recipe | System) -> str:
+    """A recipe in a few words."""
+    if isinstance(recipe, System):
+        return f"{recipe.name}, {recipe.budget:g} of the parameters"
+    repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}
+    after = repair.get(str(recipe.refine), f"refined by {recipe.refine}")
+    before = "" if recipe.prepare == "none" else f"{recipe.prepare}, "
+    return f"{before}{recipe.prune} {recipe.pattern}, {after}"
+
+
+def report(
+    layers: list, times: dict, sizes: dict, measured: dict | None, json_output: bool
+) -> None:
+    """What a compression did."""
+    kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
+    mean = {key: kinds[key] for key in ("pruned_error", "error")}
+    if json_output:
+        told = {"layers": len(layers), **times, **mean, **sizes, "measured": measured}
+        print(as_json({**told, **provenance()}))
+        return
+    rows = [
+        ("layers", str(len(layers))),
+        ("mean relative error, pruned", f"{mean['pruned_error']:.4f}"),
+        ("mean relative error, result", f"{mean['error']:.4f}"),
+    ]
+    if kinds["output_error"] is not None:
+        rows.append(("mean output error, result", f"{kinds['output_error']:.4f}"))
+    rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
+    rows += measured_rows(measured)
+    print(table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
+    warn(measured)
+
+
+def warn(measured: dict | None) -> None:
+    warning = None if measured is None else far(measured)
+    if warning is not None:
+        say(f"slr: warning: {warning}")
+
+
+def describe(notes: dict, found: Summary, size: float) -> None:
+    """What a compressed folder says of itself.
+
+    Args:
+        notes: that.
+        found: its layers in numbers.
+        size: MB of its weights.
+    """
+    recipe = {k: v for k, v in notes["recipe"].items() if v not in (None, [], {}, False)}
+    share = f"({found.kept / found.dense:.3f})"
+    rows = [
+        ("source", notes["source"]),
+        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.items())),
+        ("weights", f"{size:.1f} MB"),
+        ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
+        *measured_rows(notes.get("measured")),
+    ]
+    print(table(rows) + "\n")
+    print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")
+    for kind, row in found.kinds.items():
+        low, high = row["ranks"][0], row["ranks"][-1]
+        span = str(low) if low == high else f"{low}-{high}"
+        output = "" if row["output_error"] is None else f"{row['output_error']:.4f}"
+        print(
+            f"{kind:<12} {row['number']:>6} {span:>9} {row['pruned_error']:>8.4f} "
+            f"{row['error']:>8.4f} {output:>8}"
+        )
