@@ -275,7 +275,7 @@ def export_(
 def reproduce_(
     table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
     rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
-    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4'")] = None,
+    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4', or tasks")] = None,
     model: Annotated[str | None, typer.Option(help=f"instead of its own: {opt.MODEL}")] = None,
     text: Annotated[
         str | None, typer.Option(help="a second text to evaluate on: wikitext2 | a text file")
@@ -288,13 +288,23 @@ def reproduce_(
     json_output: opt.Json = False,
 ) -> None:
     """Measure a published table, cell by cell; a stopped run goes on when called again."""
-    from slr.evaluate import reproduction
+    from slr.evaluate import benchmarks, reproduction
 
-    spec = reproduction.Spec.read(table)
+    spec = benchmarks.spec_of(table)
     name = spec.name if model is None else model.strip("/").replace("/", "-")
+    if model is not None and isinstance(spec, benchmarks.Benchmarks):
+        name += "-benchmarks"
     out = out or Path("results") / "measured" / name
     where, wanted = _device(device), columns.split(",") if columns else []
     say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
+    if isinstance(spec, benchmarks.Benchmarks):
+        scores = benchmarks.reproduce(
+            spec, out, model=model, rows=rows.split(","), columns=wanted, device=where,
+            fresh=fresh, progress=True,
+        )  # fmt: skip
+        told = {"table": spec.name, "measured": scores}
+        print(as_json(told) if json_output else benchmarks.as_text(scores, spec.rows))
+        return
     measured = reproduction.reproduce(
         spec, out, model=model, rows=rows.split(","), columns=wanted, text=text, device=where,
         fresh=fresh, progress=True,

@@ -21,7 +21,10 @@ from slr.model.edges import reading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["rows", "tasks"]
+__all__ = ["report", "rows", "tasks"]
+
+# What lm-eval says of each task beside its scores: shots, version of the task, questions asked.
+TOLD = ("n-shot", "versions", "n-samples")
 
 
 def tasks(
@@ -57,6 +60,28 @@ def tasks(
 
     Source: Gao et al., lm-evaluation-harness.
     """
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seqlen": seqlen}
+    return report(model, tokenizer, names, folder=folder, **options)["results"]
+
+
+def report(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seqlen: int | None = None,
+    folder: str | Path | None = None,
+) -> dict[str, dict]:
+    """Scores as :func:`tasks` gives them, and what lm-eval says of how it asked.
+
+    Args and errors are those of :func:`tasks`.
+
+    Returns:
+        ``{"results": …}`` and, also by task, ``"n-shot"``, ``"versions"`` of the tasks and
+        ``"n-samples"``.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -85,7 +110,8 @@ def tasks(
         found = lm_eval.simple_evaluate(
             model=wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=1000
         )
-    return {task: dict(scores) for task, scores in found["results"].items()}
+    results = {task: dict(scores) for task, scores in found["results"].items()}
+    return {"results": results, **{key: dict(found.get(key, {})) for key in TOLD}}
 
 
 def rows(found: dict) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """What a published table is: its model and protocol, its rows and columns, its numbers.
 
 A :class:`Spec` is read from ``results/specs/NAME.json``, the published numbers from
-``results/published``; :mod:`slr.evaluate.reproduction` measures them.
+``results/published``; :mod:`slr.evaluate.reproduction` measures them.  The tables of
+:mod:`slr.evaluate.benchmarks` name one of these, whose models they ask.
 
 Book: chapter 10.
 """
@@ -19,7 +20,7 @@ from typing import Any
 from slr.model.edges import check_entries, is_mapping, is_text, is_whole, or_none
 from slr.model.recipe import Recipe
 
-__all__ = ["REPAIRS", "Cell", "Spec", "as_text", "published", "specs"]
+__all__ = ["REPAIRS", "Cell", "Spec", "as_text", "published", "specs", "told_by"]
 
 # What a row is called, and its options beside `Recipe.refine`, by the name of the repair in a spec
 # (that of the repair itself, or of one of its variants); the cheapest first.
@@ -45,17 +46,20 @@ def _dtype(value: Any) -> bool:
     return value in ("float32", "bfloat16", "float16")
 
 
-def _at_least(least: int) -> Callable[[Any], bool]:
+def at_least(least: int) -> Callable[[Any], bool]:
+    """A predicate: a whole number, `least` or more."""
     return lambda value: is_whole(value) and value >= least
 
 
 # What a JSON file has to say.
+NAMES = ("a list of names", _names)
+DTYPE = ("float32, bfloat16 or float16", _dtype)
 FIELDS = {
     **{key: ("text", is_text) for key in ("title", "model", "text", "calibration")},
-    **{key: ("a list of names", _names) for key in ("masks", "repairs", "columns")},
-    "dtype": ("float32, bfloat16 or float16", _dtype),
-    "seqlen": ("2 tokens or more", _at_least(2)),
-    "limit": ("null, or 1 window or more", or_none(_at_least(1))),
+    **{key: NAMES for key in ("masks", "repairs", "columns")},
+    "dtype": DTYPE,
+    "seqlen": ("2 tokens or more", at_least(2)),
+    "limit": ("null, or 1 window or more", or_none(at_least(1))),
     "recipe": ("a mapping", is_mapping),
     "options": ("a mapping", is_mapping),
     "published": ("null, or a file's name", or_none(is_text)),
@@ -118,16 +122,8 @@ class Spec:
         Raises:
             ValueError: no such spec, or one that says something unknown.
         """
-        path = Path(name)
-        if path.suffix == ".json" and path.is_file():
-            text, name = path.read_text(encoding="utf-8"), path.stem
-        elif name in specs():
-            text = (resources.files("slr.specs") / f"{name}.json").read_text(encoding="utf-8")
-        else:
-            known = ", ".join(specs())
-            raise ValueError(f"table {name!r} is neither one of {known} nor a JSON file")
+        name, told = told_by(name)
         try:
-            told = json.loads(text)
             for key in told if is_mapping(told) else []:
                 if key not in FIELDS:
                     raise ValueError(f"{key!r} is unknown; it may say {', '.join(FIELDS)}")
@@ -187,8 +183,28 @@ class Spec:
                     yield Cell(row, column, Recipe.fitting(**{**common, **more}))
 
 
+def told_by(name: str) -> tuple[str, Any]:
+    """What the JSON of a spec says, by its name or path; with its name.
+
+    Raises:
+        ValueError: there is none of that name, or it is no JSON.
+    """
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    elif name in specs():
+        text = (resources.files("slr.specs") / f"{name}.json").read_text(encoding="utf-8")
+    else:
+        known = ", ".join(specs())
+        raise ValueError(f"table {name!r} is neither one of {known} nor a JSON file")
+    try:
+        return name, json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"table {name!r}: {error}") from None
+
+
 def specs() -> list[str]:
-    """Names of the specs that come with the package."""
+    """Names of the specs that come with the package, those of benchmarks among them."""
     found = resources.files("slr.specs").iterdir()
     return sorted(file.name[:-5] for file in found if file.name.endswith(".json"))
 
