@@ -102,15 +102,16 @@ def compress(
     )  # fmt: skip
     system = opt.given(budget=budget, steps=steps)
     recipe = opt.recipe_of(method, system, options, config, preset)
-    where, source = _device(device), _folder(model)
+    where, source = opt.device_of(device), _folder(model)
     say(f"{model} -> {out}: {reports.told(recipe)}, on {where}")
-    if isinstance(recipe, Recipe) and distributed.alone()[1] == 1:
-        prospect = look(model, out, recipe, calibration=calibration, device=where)
-        if dry_run or not (out.parent / f"{out.name}.partial").exists():
-            reports.foretell(estimate(prospect), dry_run and json_output)
-        del prospect
-    elif dry_run:
+    alone = isinstance(recipe, Recipe) and distributed.alone()[1] == 1
+    if dry_run and not alone:
         raise ValueError("--dry-run is for a recipe, in one process")
+    going_on = (out.parent / f"{out.name}.partial").exists()
+    if dry_run or (alone and not going_on and megabytes(source) > opt.LARGE):
+        prospect = look(model, out, recipe, calibration=calibration, device=where)
+        reports.foretell(estimate(prospect), dry_run and json_output)
+        del prospect
     if dry_run:
         return
     started, stages = time.perf_counter(), dict[str, float]()
@@ -133,16 +134,6 @@ def _folder(model: str) -> Path:
     return resolve(model)
 
 
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r} is not there; it must be auto, cpu or cuda")
-    return device
-
-
 @app.command("eval")
 def evaluate(
     model: opt.Model,
@@ -162,7 +153,7 @@ def evaluate(
     """Perplexity of a model, of a compressed one beside its source's; or its scores on tasks."""
     from slr.evaluate import comparison
 
-    kind, where = opt.dtype_of(dtype), _device(device)
+    kind, where = opt.dtype_of(dtype), opt.device_of(device)
     if verify:
         slr.verify(model)
     if tasks is not None:
@@ -295,7 +286,7 @@ def reproduce_(
     if model is not None and isinstance(spec, benchmarks.Benchmarks):
         name += "-benchmarks"
     out = out or Path("results") / "measured" / name
-    where, wanted = _device(device), columns.split(",") if columns else []
+    where, wanted = opt.device_of(device), columns.split(",") if columns else []
     say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
     if isinstance(spec, benchmarks.Benchmarks):
         scores = benchmarks.reproduce(

@@ -23,6 +23,7 @@ __all__ = [
     "MODEL",
     "SYSTEMS",
     "benchmarks",
+    "device_of",
     "dtype_of",
     "given",
     "parse_override",
@@ -35,6 +36,7 @@ SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "'tiny', 'smollm2', a checkpoint folder, a GGUF file, or OWNER/NAME on the Hugging Face hub"
 
+LARGE = 50  # MB of a model whose compression is worth an estimate that is not asked for
 WINDOWS, LONGEST = 20, 1024  # of the embedded text in `slr eval`, if not told: windows and tokens
 
 Option = typer.Option
@@ -163,6 +165,19 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; it must be one of {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def device_of(device: str) -> str:
+    """The device of a name; of ``auto`` a GPU if there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {device!r} is not there; it must be auto, cpu or cuda")
+    return device
 
 
 def recipe_of(

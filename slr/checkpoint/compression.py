@@ -184,7 +184,7 @@ def _blocks(
                 behind = True
                 continue
             if held is not None and behind:
-                go_on(held, journal, index - 1)
+                held = go_on(held, journal, index - 1)
             behind = False
             prepare_block(block, index, recipe, inputs)
             seed = recipe.seed + len(reports)

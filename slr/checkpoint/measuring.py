@@ -29,7 +29,7 @@ from slr.model.stream import Stream
 
 __all__ = ["go_on", "keep", "measure", "take", "watched"]
 
-PROMPT, WORDS = 24, 24  # tokens of the sample
+PROMPT, WORDS = 24, 16  # tokens of the sample
 SMALL = 4e9  # bytes of a model that is loaded whole for the sample
 
 
@@ -69,19 +69,19 @@ def keep(held: HeldOut | None, journal: Journal, index: int, last: bool = False)
         journal.remove(_file(index - 1))
 
 
-def go_on(held: HeldOut, journal: Journal, index: int) -> None:
-    """Take the windows to where they were after block `index`."""
+def go_on(held: HeldOut, journal: Journal, index: int) -> HeldOut | None:
+    """Take the windows to where they were after block `index`; ``None`` if that is lost."""
+    if _file(index) not in journal:
+        return None
     held.restore(load_file(journal.folder / _file(index)))
+    return held
 
 
 @torch.no_grad()
 def measure(work: Work, held: HeldOut | None) -> None:
     """Perplexities and a sample, into the journal's memory; what only they needed is removed."""
     journal, stream = work.journal, work.stream
-    if held is not None:
-        assert work.held is not None
-        last = len(stream.blocks) - 1
-        go_on(held, journal, last)
+    if held is not None and go_on(held, journal, len(stream.blocks) - 1) is not None:
         stream.fill_outside()
         values = held.perplexities(stream.model)
         stream.empty_outside()

@@ -33,7 +33,7 @@ __all__ = ["Prospect", "Work", "begin", "calibration_windows", "look"]
 
 EMBEDDED = "embedded"
 LONGEST = 1024  # tokens in a calibration window if not told
-HELD_OUT = 8  # windows that a compression is measured on
+HELD_OUT = 4  # windows that a compression is measured on
 
 
 @dataclass(frozen=True)
