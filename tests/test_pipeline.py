@@ -331,7 +331,7 @@ def test_bad_sources_are_named_and_nothing_is_written(small, tmp_path, how, says
 @pytest.mark.parametrize(
     ("model", "out", "says"),
     [
-        ("nowhere", "out", "neither 'tiny', 'smollm2', nor a folder, nor a hub name"),
+        ("nowhere", "out", "neither 'tiny', 'smollm2', nor a folder, nor a GGUF file"),
         ("no/model", "out", "the hub did not give it"),
         (None, "file/out", "cannot write to"),
         (None, "/", "is not the name of a new folder"),
