@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from slr.benchmarks.chaos import Row, small_model, table
 
 import slr
+from slr.checkpoint import finish
 
 RECIPE = slr.Recipe(prune="wanda", rank=2, iterations=2, samples=2, seqlen=32)
 SHARD = "model-00001-of-00003.safetensors"
@@ -411,6 +412,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(KINDS))
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
+    finish.SMALL = 0  # several tensor files, as large models have
     with tempfile.TemporaryDirectory() as folder:
         rows = (
             row
