@@ -54,7 +54,10 @@ def measured_rows(measured: dict | None) -> list[tuple[str, str]]:
     """Rows of a :func:`table` with what was measured on held-out text."""
     if measured is None:
         return []
-    values = ", ".join(f"{kind} {value:.2f}" for kind, value in measured["perplexity"].items())
+    values = ", ".join(
+        f"{kind} {'not finite' if value is None else format(value, '.2f')}"
+        for kind, value in measured["perplexity"].items()
+    )
     rows = [("perplexity, held-out text", f"{values}")]
     for kind, text in (measured["sample"] or {}).items():
         rows.append((f"sample, {kind}", " ".join(text.split())))

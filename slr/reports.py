@@ -56,10 +56,10 @@ def report(
     rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
     rows += measured_rows(measured)
     print(table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
-    warn(measured)
+    _warn(measured)
 
 
-def warn(measured: dict | None) -> None:
+def _warn(measured: dict | None) -> None:
     warning = None if measured is None else far(measured)
     if warning is not None:
         say(f"slr: warning: {warning}")

@@ -77,6 +77,15 @@ def test_a_result_far_from_dense_is_warned_of():
     assert "1.6 times" in far({"perplexity": {"dense": 10.0, "result": 16.0}})
 
 
+def test_a_perplexity_that_is_not_finite_loses_no_work(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("slr.model.heldout.exponential", lambda losses: float("inf"))
+    slr.compress(small, Recipe("magnitude", refine="none"), out=tmp_path / "out")
+    assert about(tmp_path / "out")["measured"]["perplexity"] == {"dense": None, "result": None}
+    assert "not finite" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "not finite" in run(app, ["info", str(tmp_path / "out")]).stdout
+    assert "not finite" in far({"perplexity": {"dense": 10.0, "result": None}})
+
+
 def test_a_small_model_is_one_file(small, tmp_path, monkeypatch):
     recipe = Recipe("magnitude", refine="none")
     slr.compress(small, recipe, out=tmp_path / "one")

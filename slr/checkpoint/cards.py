@@ -102,13 +102,14 @@ def _base(source: str) -> str | None:
 def _measured(told: dict | None) -> str:
     """What was measured on held-out text, as a table, and the sample."""
     if told is None:
-        return "How good it is was not measured: there was no held-out text."
+        return "How good it is was not measured here."
     values = told["perplexity"]
     parts = [
         f"Perplexity on {told['windows']} held-out windows of {told['seqlen']} tokens "
         f"({told['text']}), lower is better:",
         "| " + " | ".join(values) + " |\n" + "| --- " * len(values) + "|\n| "
-        + " | ".join(f"{value:.2f}" for value in values.values()) + " |",
+        + " | ".join("not finite" if v is None else f"{v:.2f}" for v in values.values())
+        + " |",
     ]  # fmt: skip
     warning = far(told)
     if warning:
@@ -126,10 +127,13 @@ def far(told: dict) -> str | None:
     True
     """
     dense, result = told["perplexity"]["dense"], told["perplexity"]["result"]
-    if result <= FAR * dense:
+    if dense is None:
+        return "The dense model has no finite perplexity: its weights may be broken."
+    if result is not None and result <= FAR * dense:
         return None
+    times = "not finite" if result is None else f"{result / dense:.1f} times the dense model's"
     return (
-        f"The result's perplexity is {result / dense:.1f} times the dense model's: text from it "
+        f"The result's perplexity is {times}: text from it "
         "will be noticeably worse. Prune less (--pattern 4:8 or 0.4), repair with a higher rank "
         "(--rank-ratio), calibrate on more text like your own (--calibration FILE --samples 128), "
         "or leave sensitive layers dense (--skip '*.down_proj')."

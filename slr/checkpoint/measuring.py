@@ -9,6 +9,7 @@ Book: chapter 9.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,16 @@ def measure(work: Work, held: HeldOut | None) -> None:
 
 
 def told(work: Work, perplexity: dict[str, float], sample: dict | None) -> dict:
-    """What a folder says of how good it is, plain values."""
+    """What a folder says of how good it is: plain values, ``None`` for what is not finite."""
     assert work.held is not None
     count, seqlen = work.held.shape
     text = "embedded" if work.calibration is None else work.calibration["text"]
     return {
         "text": text, "windows": count, "seqlen": seqlen,
-        "perplexity": {kind: round(value, 4) for kind, value in perplexity.items()},
+        "perplexity": {
+            kind: round(value, 4) if math.isfinite(value) else None
+            for kind, value in perplexity.items()
+        },
         "sample": sample,
     }  # fmt: skip
 

@@ -94,7 +94,7 @@ def losses(
 ) -> Tensor:
     """Mean loss of each window, in nats, float64 (windows,): what :func:`perplexity` is made of.
 
-    Two models' losses on the same windows can be compared, see :mod:`slr.evaluate.bootstrap`.
+    Two models' losses on the same windows can be compared, see :func:`slr.evaluate.agree.bootstrap`.
     Arguments and errors are those of :func:`perplexity`.  Under ``torchrun`` the windows are shared
     out over the processes, and each gets the losses of all.
     """
