@@ -92,9 +92,9 @@ def losses(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean loss of each window, in nats, float64 (windows,): what :func:`perplexity` is made of.
+    """Mean loss of each window, in nats, float64 (windows,): what a perplexity is made of.
 
-    Two models' losses on the same windows can be compared, see :func:`slr.evaluate.agree.bootstrap`.
+    Losses on the same windows can be compared, see :func:`slr.evaluate.agree.bootstrap`.
     Arguments and errors are those of :func:`perplexity`.  Under ``torchrun`` the windows are shared
     out over the processes, and each gets the losses of all.
     """
