@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import slr
@@ -117,6 +118,21 @@ def test_what_was_quantised_is_dequantised_and_told(source, tmp_path):
     assert "q.gguf (F32, Q8_0)" in told
     slr.compress(out, slr.Recipe("magnitude", refine="none"), out=tmp_path / "small")
     assert told in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_a_tied_head_is_stored_once(source, tmp_path):
+    told = {**source[0].config.to_dict(), "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**told))
+    file = tmp_path / "tied.gguf"
+    head = model.lm_head
+    model.lm_head = torch.nn.Identity()  # llama.cpp's converter leaves a tied head out
+    write(file, model, source[1])
+    model.lm_head = head
+    out = conversion.convert(file, tmp_path / "out", dtype=torch.float32)
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    found = slr.load(out)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert torch.equal(found.lm_head.weight, model.model.embed_tokens.weight)
 
 
 def test_a_file_is_a_model_and_converted_once(file, tmp_path, monkeypatch):

@@ -45,13 +45,15 @@ def test_the_three_perplexities_are_those_of_the_models(small, tmp_path):
         assert found["perplexity"][kind] == pytest.approx(value, rel=1e-3), kind
 
 
-def test_held_out_windows_are_calibrated_on_by_none(small, tmp_path):
+def test_held_out_windows_are_calibrated_on_by_none(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLES", 10**6)  # all that may be taken
     tokenizer, file = load_tokenizer(small), tmp_path / "text.txt"
     file.write_text(" ".join(f"word{i} is number {i}." for i in range(400)), encoding="utf-8")
     for source in ("embedded", str(file)):
         seen = {tuple(row) for row in data.calibration(source, tokenizer, 32, None).tolist()}
         unseen = data.unseen(source, tokenizer, 32, 8)
         assert not seen & {tuple(row) for row in unseen.tolist()}, source
+    monkeypatch.undo()
     short = tmp_path / "short.txt"
     short.write_text("a few words " * 20, encoding="utf-8")
     assert data.unseen(str(short), tokenizer, 32, 8) is None

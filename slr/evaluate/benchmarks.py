@@ -30,7 +30,7 @@ from slr.checkpoint.folder import about, load, load_tokenizer, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate import harness
 from slr.evaluate.origin import provenance
-from slr.evaluate.tables import DTYPE, NAMES, Cell, Spec, at_least, told_by
+from slr.evaluate.tables import DTYPE, NAMES, Cell, Spec, at_least, check_spec, told_by
 from slr.model.edges import check_entries, is_mapping, is_text, or_none
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
@@ -91,10 +91,7 @@ class Benchmarks:
         """
         name, told = told_by(name)
         try:
-            for key in told if is_mapping(told) else []:
-                if key not in FIELDS:
-                    raise ValueError(f"{key!r} is unknown; it may say {', '.join(FIELDS)}")
-            check_entries("the spec", told, FIELDS)
+            check_spec(told, FIELDS)
             spec = cls(name=name, **{**told, "table": Spec.read(told["table"])})
             list(spec.models())
         except ValueError as error:

@@ -20,7 +20,7 @@ from typing import Any
 from slr.model.edges import check_entries, is_mapping, is_text, is_whole, or_none
 from slr.model.recipe import Recipe
 
-__all__ = ["REPAIRS", "Cell", "Spec", "as_text", "published", "specs", "told_by"]
+__all__ = ["REPAIRS", "Cell", "Spec", "as_text", "check_spec", "published", "specs", "told_by"]
 
 # What a row is called, and its options beside `Recipe.refine`, by the name of the repair in a spec
 # (that of the repair itself, or of one of its variants); the cheapest first.
@@ -64,6 +64,20 @@ FIELDS = {
     "options": ("a mapping", is_mapping),
     "published": ("null, or a file's name", or_none(is_text)),
 }
+
+
+def check_spec(told: Any, fields: dict, **left_out: Any) -> None:
+    """Raise ValueError unless a spec says what it has to, and nothing else.
+
+    Args:
+        told: what its file holds.
+        fields: as for :func:`slr.model.edges.check_entries`.
+        left_out: values of what it need not say.
+    """
+    for key in told if is_mapping(told) else []:
+        if key not in fields:
+            raise ValueError(f"{key!r} is unknown; it may say {', '.join(fields)}")
+    check_entries("the spec", {**left_out, **told} if is_mapping(told) else told, fields)
 
 
 @dataclass(frozen=True)
@@ -124,11 +138,7 @@ class Spec:
         """
         name, told = told_by(name)
         try:
-            for key in told if is_mapping(told) else []:
-                if key not in FIELDS:
-                    raise ValueError(f"{key!r} is unknown; it may say {', '.join(FIELDS)}")
-            filled = {"published": None, "options": {}, **told} if is_mapping(told) else told
-            check_entries("the spec", filled, FIELDS)
+            check_spec(told, FIELDS, published=None, options={})
             spec = cls(name=name, **told)
             for repair in spec.repairs:
                 if repair not in REPAIRS:
