@@ -1,4 +1,4 @@
-"""THE BOOK: what only chapters use, figures and local tasks.
+"""THE BOOK: what only chapters use, figures, local tasks and recorded results.
 
 Imports any floor; no floor imports it.
 """

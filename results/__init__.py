@@ -1,0 +1,1 @@
+"""Numbers, published and measured, and what to measure; installed as ``slr.results``."""

@@ -1,0 +1,129 @@
+"""A chapter needs the package and nothing else: it runs in an empty folder, as it does on Colab.
+
+What every chapter imports of the package and reads of recorded results is tried here, and one
+chapter is run; with ``SLR_CHAPTERS=all`` every one is, which the nightly workflow does.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NIGHTLY = os.environ.get("SLR_CHAPTERS") == "all"
+MINE = [path for path in CHAPTERS if NIGHTLY or path.stem.startswith("15")]
+# A checkout that is installed to be edited would lend what the wheel lacks.
+ALONE = """import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith("__editable__")]
+"""
+SAY = "import pathlib, slr; print(slr.__file__, *pathlib.Path().iterdir())"
+DAY = 24 * 60 * 60
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Folder that holds what a wheel of the package installs, found before any other."""
+    home = tmp_path_factory.mktemp("installed")
+    unused = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("slr", "benchmarks", "results"):
+        shutil.copytree(ROOT / name, home / "source" / name, ignore=unused)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, home / "source")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    alone = ["--no-deps", "--no-build-isolation", "--no-index"]
+    wheels, site = home / "wheels", home / "site"
+    subprocess.run([*pip, "wheel", *alone, "-w", wheels, home / "source"], check=True)
+    wheel = next(wheels.glob("*.whl"))
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    (site / "sitecustomize.py").write_text(ALONE, encoding="utf-8")
+    return site
+
+
+def environment(installed):
+    return {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def sources(chapter):
+    cells = json.loads(chapter.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+def uses(chapter):
+    """Its imports of the package, and calls that read the record that they name, as code."""
+    for node in (n for source in sources(chapter) for n in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "slr":
+            yield ast.unparse(node)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        if [type(a) for a in node.args] != [ast.Constant]:
+            continue
+        if node.func.id in ("record", "recorded"):  # the first prints more, and is the chapter's
+            yield f"recorded({node.args[0].value!r})"
+        if node.func.id == "runs":
+            yield f"assert list({ast.unparse(node)})"
+
+
+def names(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*.json")}
+
+
+def test_every_table_and_record_comes_with_the_package(installed):
+    files, there = names(ROOT / "results"), names(installed / "slr" / "results")
+    elsewhere = {
+        f"{name}/{file}"
+        for name in ("specs", "published")
+        for file in names(installed / "slr" / name)
+    }
+    assert len(there) > 150
+    assert not there & elsewhere
+    assert there | elsewhere == files
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_reads_no_file_of_the_repository(chapter):
+    text = chapter.read_text(encoding="utf-8")
+    cells = json.loads(text)["cells"]
+    assert not [s for c in cells if "../" in (s := "".join(c["source"]))]
+
+
+def test_what_chapters_import_and_read_is_in_the_package(installed, tmp_path):
+    found = {chapter.stem[:2]: list(dict.fromkeys(uses(chapter))) for chapter in CHAPTERS}
+    reading = {n for n, lines in found.items() if any("records import" in x for x in lines)}
+    assert reading == {"07", "08", "09", "10", "12", "13", "14", "15"}
+    for number in reading:
+        assert any("recorded(" in x or "runs(" in x for x in found[number]), number
+    lines = [line for chapter in found.values() for line in chapter]
+    imports = [line for line in lines if line.startswith("from ")]
+    code = "\n".join([*imports, *(line for line in lines if line not in imports)])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{SAY}\n{code}"],
+        cwd=tmp_path,
+        env=environment(installed),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(installed / "slr" / "__init__.py")]
+
+
+@pytest.mark.parametrize("chapter", MINE, ids=lambda path: path.stem)
+def test_a_chapter_runs_in_an_empty_folder(chapter, installed, tmp_path):
+    notebook = nbformat.read(chapter, as_version=4)
+    say = nbformat.v4.new_code_cell(SAY)
+    notebook.cells.insert(0, say)
+    NotebookClient(
+        notebook,
+        resources={"metadata": {"path": str(tmp_path)}},
+        timeout=None,
+        startup_timeout=DAY,
+        iopub_timeout=DAY,
+    ).execute(env=environment(installed))
+    assert say.outputs[0]["text"].split() == [str(installed / "slr" / "__init__.py")]
