@@ -103,7 +103,11 @@ Override = Annotated[
     Option(help="options of some layers, as '*.o_proj:rank=64,pattern=0.4'; repeatable"),
 ]
 Calibration = Annotated[
-    str | None, Option(help="embedded | wikitext2 | c4 | a text file (default: embedded)")
+    str | None,
+    Option(
+        help="general | embedded | wikitext2 | c4 | a text file (default: general; "
+        "of tiny, embedded)"
+    ),
 ]
 Samples = Annotated[
     int | None, Option(help="calibration windows (default: 32, or all that there are)")
@@ -113,7 +117,9 @@ Seqlen = Annotated[
     Option(help="tokens in a window (default: the longest, to 1024; to 2048 in slr eval)"),
 ]
 Seed = Annotated[int | None, Option(help="of random masks and starts (default: 0)")]
-Text = Annotated[str | None, Option(help="embedded | wikitext2 | a text file (default: embedded)")]
+Text = Annotated[
+    str | None, Option(help="general | embedded | wikitext2 | a text file (default: embedded)")
+]
 Limit = Annotated[
     int | None,
     Option(

@@ -61,7 +61,7 @@ def test_text_from_a_file(tmp_path):
     ("call", "says"),
     [
         (lambda t: corpus("test"), "split is 'test'"),
-        (lambda t: load_text("no/such/file"), "neither 'embedded', 'wikitext2' nor a text file"),
+        (lambda t: load_text("no/such/file"), "neither 'general', 'embedded', 'wikitext2' nor a text file"),
         (lambda t: windows("short", t, 512), "fewer than one window of seqlen 512"),
         (lambda t: windows("short", t, 1), "seqlen is 1"),
         (lambda t: windows("short", t, 2, limit=0), "limit is 0"),

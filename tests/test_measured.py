@@ -23,7 +23,7 @@ run = CliRunner().invoke
 
 
 def held(folder, seqlen=32):
-    return data.unseen("embedded", load_tokenizer(folder), seqlen, HELD_OUT)
+    return data.unseen("general", load_tokenizer(folder), seqlen, HELD_OUT)
 
 
 def test_the_three_perplexities_are_those_of_the_models(small, tmp_path):
@@ -32,7 +32,7 @@ def test_the_three_perplexities_are_those_of_the_models(small, tmp_path):
     found = about(out)["measured"]
     seqlen = found["seqlen"]
     windows = held(small, seqlen)
-    assert (found["text"], found["windows"]) == ("embedded", len(windows))
+    assert (found["text"], found["windows"]) == ("general", len(windows))
     pruned = slr.load(small, dtype=torch.float32)
     compress_model(pruned, Recipe("magnitude", refine="none"))
     want = {
@@ -49,7 +49,7 @@ def test_held_out_windows_are_calibrated_on_by_none(small, tmp_path, monkeypatch
     monkeypatch.setattr(data, "SAMPLES", 10**6)  # all that may be taken
     tokenizer, file = load_tokenizer(small), tmp_path / "text.txt"
     file.write_text(" ".join(f"word{i} is number {i}." for i in range(400)), encoding="utf-8")
-    for source in ("embedded", str(file)):
+    for source in ("general", "embedded", str(file)):
         seen = {tuple(row) for row in data.calibration(source, tokenizer, 32, None).tolist()}
         unseen = data.unseen(source, tokenizer, 32, 8)
         assert not seen & {tuple(row) for row in unseen.tolist()}, source

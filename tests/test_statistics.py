@@ -4,13 +4,16 @@ import pytest
 import torch
 from helpers import activations
 
+from slr.matrix import statistics
 from slr.matrix.statistics import GramStatistic, NormStatistic
 
 X = activations(300, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_batches_add_up(dtype):
+@pytest.mark.parametrize("tile", [3, 4, 256])  # 8 channels: the last tile short, whole, all one
+def test_batches_add_up(dtype, tile, monkeypatch):
+    monkeypatch.setattr(statistics, "TILE", tile)
     x = X.to(dtype)
     gram, norm = GramStatistic(8), NormStatistic(8)
     for part in x.view(3, 10, 10, 8):
@@ -19,6 +22,7 @@ def test_batches_add_up(dtype):
     exact = x.double().T @ x.double() / 300
     assert torch.allclose(gram.gram().double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.allclose(norm.norm().double(), x.double().norm(dim=0), rtol=1e-5)
+    assert torch.equal(gram.gram(), gram.gram().T)
     assert torch.allclose(gram.norm(), norm.norm(), rtol=1e-5)
     assert gram.tokens == norm.tokens == 300
 

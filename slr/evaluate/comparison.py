@@ -152,5 +152,8 @@ def comparison_of(
 
 def _may_read(folder: Path, notes: dict) -> bool:
     """Whether the calibration text is none of a downloaded configuration's choice."""
-    named = notes["calibration"] is None or notes["calibration"].get("text") == "embedded"
+    named = notes["calibration"] is None or notes["calibration"].get("text") in (
+        "general",
+        "embedded",
+    )
     return named or not downloaded(folder)

@@ -1,4 +1,4 @@
-"""Text in, token windows out: the embedded corpus, known data sets, and any text file.
+"""Text in, token windows out: texts of the package, known data sets, and any text file.
 
 Book: "How to use this book" and chapter 1.
 """
@@ -11,13 +11,14 @@ import torch
 
 from slr.matrix.checks import check_count, check_seqlen
 from slr.model.embedded import corpus, documents, held_out
+from slr.model.general import general
 
 __all__ = [
     "calibration", "check_positions", "check_windows", "corpus", "documents", "held_out",
     "load_text", "spread", "unseen", "windows",
 ]  # fmt: skip
 
-SPLIT = ("embedded", "wikitext2")  # texts that have a held-out part of their own
+SPLIT = ("general", "embedded", "wikitext2")  # texts that have a held-out part of their own
 SAMPLES = 32  # calibration windows if not told
 
 
@@ -25,8 +26,9 @@ def load_text(source: str, split: str = "validation") -> str:
     """Text by name.
 
     Args:
-        source: ``"embedded"``, ``"wikitext2"`` (needs ``datasets`` and the network or its
-            cache), or the path of a UTF-8 text file.
+        source: ``"general"`` (:mod:`slr.model.general`), ``"embedded"``
+            (:mod:`slr.model.embedded`), ``"wikitext2"`` (needs ``datasets`` and the network or
+            its cache), or the path of a UTF-8 text file.
         split: ``"validation"`` or ``"calibration"``; for WikiText-2 its test and train split;
             ignored for a file.
 
@@ -34,15 +36,17 @@ def load_text(source: str, split: str = "validation") -> str:
         ValueError: no such file, or it is not UTF-8 text.
         RuntimeError: the data set cannot be had.
     """
-    if source == "embedded":
-        return corpus(split)
+    if source in ("general", "embedded"):
+        return general(split) if source == "general" else corpus(split)
     if source == "wikitext2":
         part = "test" if split == "validation" else "train"
         rows = hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
         return "\n\n".join(row["text"] for row in rows)
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"text {source!r} is neither 'embedded', 'wikitext2' nor a text file")
+        raise ValueError(
+            f"text {source!r} is neither 'general', 'embedded', 'wikitext2' nor a text file"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

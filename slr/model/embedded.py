@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["corpus", "documents", "held_out"]
+__all__ = ["corpus", "documents", "held_out", "in_split"]
 
 # Missing from some installations (Debian splits them off, newer Pythons drop them), generated
 # tables, or code of somebody else: never part of the validation or calibration text.
@@ -40,6 +40,18 @@ def held_out(name: str) -> bool:
     (False, True)
     """
     return _bucket(name) == 0
+
+
+def in_split(name: str, split: str) -> bool:
+    """Whether a document is in the tenth that a text is made of; see :func:`corpus`.
+
+    >>> in_split("topics/lambda", "validation"), in_split("topics/truth", "validation")
+    (False, True)
+    """
+    buckets = {"validation": 0, "calibration": 1}
+    if split not in buckets:
+        raise ValueError(f"split is {split!r}; it must be 'validation' or 'calibration'")
+    return _bucket(name) == buckets[split]
 
 
 def _bucket(name: str) -> int:
@@ -98,8 +110,5 @@ def corpus(split: str) -> str:
     >>> len(text) > 200_000 and text != corpus("calibration")
     True
     """
-    buckets = {"validation": 0, "calibration": 1}
-    if split not in buckets:
-        raise ValueError(f"split is {split!r}; it must be 'validation' or 'calibration'")
-    chosen = [t[:LONGEST] for n, t in documents().items() if _bucket(n) == buckets[split]]
+    chosen = [t[:LONGEST] for n, t in documents().items() if in_split(n, split)]
     return "\n\n".join(chosen)
