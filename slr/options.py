@@ -110,7 +110,7 @@ Calibration = Annotated[
     ),
 ]
 Samples = Annotated[
-    int | None, Option(help="calibration windows (default: 32, or all that there are)")
+    int | None, Option(help="calibration windows (default: 24, or all that there are)")
 ]
 Seqlen = Annotated[
     int | None,

@@ -5,6 +5,7 @@ import torch
 
 import slr
 from slr.model.data import calibration, corpus, documents, held_out, load_text, windows
+from slr.model.general import general, prose
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,29 @@ def test_the_two_corpora_share_no_document():
         if len(piece) > 400:
             assert not (piece in validation and piece in calibration), name
             assert (piece in validation) <= held_out(name), name
+
+
+def test_general_text_is_prose_and_a_third_as_much_python_without_a_shared_document():
+    from examples.write_prose import requests
+
+    assert sorted(prose()) == sorted(f"prose/{name}" for name, _ in requests())
+    text = {split: general(split) for split in ("validation", "calibration")}
+    written = {split: [p for p in prose().values() if p in text[split]] for split in text}
+    assert len(written["validation"]) + len(written["calibration"]) == len(prose())
+    assert len(written["validation"]) > 10
+    for split, part in text.items():
+        share = sum(map(len, written[split])) / len(part)
+        assert 0.7 < share < 0.8, split
+        assert load_text("general", split) == part
+    for name, source in documents().items():
+        if len(source) > 2000:
+            assert not (
+                source[:2000] in text["validation"] and source[:2000] in text["calibration"]
+            )
+            if source[:2000] in text["validation"]:
+                assert held_out(name), name
+    with pytest.raises(ValueError, match="split is 'train'"):
+        general("train")
 
 
 def test_validation_was_not_trained_on():
@@ -61,7 +85,10 @@ def test_text_from_a_file(tmp_path):
     ("call", "says"),
     [
         (lambda t: corpus("test"), "split is 'test'"),
-        (lambda t: load_text("no/such/file"), "neither 'general', 'embedded', 'wikitext2' nor a text file"),
+        (
+            lambda t: load_text("no/such/file"),
+            "neither 'general', 'embedded', 'wikitext2' nor a text file",
+        ),
         (lambda t: windows("short", t, 512), "fewer than one window of seqlen 512"),
         (lambda t: windows("short", t, 1), "seqlen is 1"),
         (lambda t: windows("short", t, 2, limit=0), "limit is 0"),

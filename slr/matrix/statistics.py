@@ -96,7 +96,8 @@ class GramStatistic(_Statistic):
     Raises:
         ValueError: activations of another width, in :meth:`update`.
 
-    Cost: n² FLOPs a token for wide inputs, n² numbers.  Source: Hassibi and Stork 1993 (H of a linear layer).
+    Cost: n² FLOPs a token for wide inputs, n² numbers.
+    Source: Hassibi and Stork 1993 (H of a linear layer).
 
     >>> gram = GramStatistic(2)
     >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))

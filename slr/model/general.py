@@ -1,8 +1,8 @@
 """General text: what a model is calibrated on if nothing is said.
 
-Two thirds are prose that a small language model wrote, SmolLM2-135M-Instruct, when it was asked for
+Three quarters are prose that a small language model wrote, SmolLM2-135M-Instruct, when it was asked for
 articles, explanations, stories, reports, letters and advice on some two hundred subjects
-(``examples/write_prose.py``); one third are documentation and sources of this Python installation.
+(``examples/write_prose.py``); one quarter is documentation and sources of this Python installation.
 What such prose says is often wrong; how it is put is what calibration needs.
 
 Book: chapter 3.
@@ -52,7 +52,7 @@ def general(split: str) -> str:
     python = {n: text[:EXCERPT] for n, text in documents().items() if in_split(n, split)}
     held = split == "validation"
     chosen = {n: text for n, text in prose().items() if held_out(n) == held}
-    room = sum(map(len, chosen.values())) // 2
+    room = sum(map(len, chosen.values())) // 3
     for name, text in python.items():
         if room <= 0:
             break
