@@ -1,7 +1,7 @@
 """General text: what a model is calibrated on if nothing is said.
 
-Three quarters are prose that a small language model wrote, SmolLM2-135M-Instruct, when it was asked for
-articles, explanations, stories, reports, letters and advice on some two hundred subjects
+Three quarters are prose that a small language model wrote, SmolLM2-135M-Instruct, when it was
+asked for articles, explanations, stories, reports, letters and advice on some two hundred subjects
 (``examples/write_prose.py``); one quarter is documentation and sources of this Python installation.
 What such prose says is often wrong; how it is put is what calibration needs.
 
