@@ -5,7 +5,7 @@ asked for articles, explanations, stories, reports, letters and advice on some t
 (``examples/write_prose.py``); one quarter is documentation and sources of this Python installation.
 What such prose says is often wrong; how it is put is what calibration needs.
 
-Book: chapter 3.
+Book: "How to use this book".
 """
 
 import hashlib

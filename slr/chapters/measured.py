@@ -1,0 +1,110 @@
+"""Measured tables, with the intervals of what is claimed from them.
+
+A cell keeps the loss of each window; two cells were measured on the same windows, so that their
+ratio is much surer than either perplexity.
+
+Book: chapters 5 and 8 to 10, and the page of results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from slr.chapters.records import folder
+from slr.evaluate.agree import bootstrap
+from slr.evaluate.reproduction import grid
+from slr.evaluate.tables import Spec
+
+__all__ = ["losses", "order", "perplexities", "ratio"]
+
+
+def perplexities(
+    table: str, text: str | None = None, columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """What is measured of a table: a row for each mask and repair, NaN where nothing is yet.
+
+    Args:
+        table: name of a spec, as ``"smollm2"``.
+        text: name of a second text that its cells were measured on; the spec's own when ``None``.
+        columns: of the table; all that hold a number when ``None``.
+
+    >>> perplexities("tiny", columns=["2:4"]).loc["magnitude/pruned", "2:4"] > 10
+    True
+    """
+    spec = Spec.read(table)
+    found = grid(spec, folder(f"measured/{table}"), text)
+    shown = pd.DataFrame.from_dict(found, orient="index", columns=["dense", *spec.columns])
+    return shown.dropna(axis=1, how="all") if columns is None else shown[list(columns)]
+
+
+def losses(table: str, row: str, column: str, text: str | None = None) -> Tensor | None:
+    """Loss of each window of one cell in nats, float64; ``None`` if it is not there, or infinite.
+
+    Args:
+        table, text: as for :func:`perplexities`.
+        row, column: of the cell.
+    """
+    name = column.replace(":", "-").replace("/", "-rank-")
+    file = folder(f"measured/{table}") / row.replace("/", "-") / f"{name}.json"
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text(encoding="utf-8"))
+    told = told if text is None else told.get("also", {}).get(text, {})
+    values = told.get("losses")
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
+def ratio(lower: Tensor, upper: Tensor) -> tuple[float, float, float]:
+    """Perplexity of one cell over that of another on the same windows, and its 95% interval.
+
+    Args:
+        lower, upper: :func:`losses` of each.
+
+    Raises:
+        ValueError: fewer than two windows, or not the same number.
+
+    >>> print(*(f"{x:.2f}" for x in ratio(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))))
+    0.37 0.37 0.37
+    """
+    if len(lower) != len(upper):
+        raise ValueError(f"{len(lower)} and {len(upper)} windows were not measured on one text")
+    low, high = bootstrap(lower - upper)
+    return math.exp(lower.mean() - upper.mean()), math.exp(low), math.exp(high)
+
+
+def order(
+    table: str, pairs: Sequence[tuple[str, str]], columns: Sequence[str], text: str | None = None
+) -> pd.DataFrame:
+    """Ratios of perplexities with their intervals, for claims "one repair is below another".
+
+    Args:
+        table, text: as for :func:`perplexities`.
+        pairs: rows without their masks, lower and upper, as ``[("refined", "svd")]``.
+        columns: of the table.
+
+    Returns:
+        A row for each mask and pair, a column for each column; ``"–"`` where one of the two is not
+        measured.  A ratio whose interval holds 1 decides nothing.
+
+    >>> order("tiny", [("svd", "svd")], ["2:4"]).shape
+    (3, 1)
+    """
+    spec, rows = Spec.read(table), {}
+    for mask in spec.masks:
+        for lower, upper in pairs:
+            cells: dict[str, str] = {}
+            for column in columns:
+                both = [losses(table, f"{mask}/{each}", column, text) for each in (lower, upper)]
+                if both[0] is None or both[1] is None:
+                    cells[column] = "–"
+                else:
+                    value, low, high = ratio(both[0], both[1])
+                    cells[column] = f"{value:.3f} ({low:.3f} to {high:.3f})"
+            rows[f"{mask}: {lower} / {upper}"] = cells
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
