@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import slr
-from slr.model.data import calibration, corpus, documents, held_out, load_text, windows
-from slr.model.general import general, prose
+from slr.model.data import SAMPLES, calibration, corpus, documents, held_out, load_text, windows
+from slr.model.mixture import general, prose
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_calibration_is_spread_over_a_text_but_every_tenth_window(tokenizer, tmp
     every = windows(corpus("calibration")[:9000], tokenizer, 64)
     seen = [i for i in range(len(every)) if i % 10 != 9]
     assert torch.equal(found, every[[seen[i * len(seen) // 5] for i in range(5)]])
-    assert len(calibration(str(tmp_path / "text.txt"), tokenizer, 64)) == min(32, len(seen))
+    assert len(calibration(str(tmp_path / "text.txt"), tokenizer, 64)) == min(SAMPLES, len(seen))
     with pytest.raises(ValueError, match="fewer than the 500 samples"):
         calibration(str(tmp_path / "text.txt"), tokenizer, 64, 500)
 

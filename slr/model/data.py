@@ -11,7 +11,7 @@ import torch
 
 from slr.matrix.checks import check_count, check_seqlen
 from slr.model.embedded import corpus, documents, held_out
-from slr.model.general import general
+from slr.model.mixture import general
 
 __all__ = [
     "calibration", "check_positions", "check_windows", "corpus", "documents", "held_out",
@@ -26,7 +26,7 @@ def load_text(source: str, split: str = "validation") -> str:
     """Text by name.
 
     Args:
-        source: ``"general"`` (:mod:`slr.model.general`), ``"embedded"``
+        source: ``"general"`` (:mod:`slr.model.mixture`), ``"embedded"``
             (:mod:`slr.model.embedded`), ``"wikitext2"`` (needs ``datasets`` and the network or
             its cache), or the path of a UTF-8 text file.
         split: ``"validation"`` or ``"calibration"``; for WikiText-2 its test and train split;
