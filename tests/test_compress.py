@@ -270,10 +270,7 @@ def test_the_pruned_row_is_the_pruned_model(small, tmp_path, windows, options):
     recipe = slr.Recipe(pattern="2:4", **options, **data)
     slr.compress(small, recipe, out=tmp_path / "out")
     alone = recipe.pruned_only()
-    if alone.needs_data:
-        slr.compress(small, alone, out=tmp_path / "pruned", calibration="embedded")
-    else:
-        slr.compress(small, alone, out=tmp_path / "pruned")
+    slr.compress(small, alone, out=tmp_path / "pruned")
     found = compare(tmp_path / "out", windows)
     assert list(found)[:2] == ["dense", "pruned"]
     assert found["pruned"] == pytest.approx(slr.perplexity(tmp_path / "pruned", windows), rel=1e-6)
