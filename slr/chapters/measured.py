@@ -19,7 +19,7 @@ from torch import Tensor
 from slr.chapters.records import folder
 from slr.evaluate.agree import bootstrap
 from slr.evaluate.reproduction import grid
-from slr.evaluate.tables import Spec
+from slr.evaluate.tables import Cell, Spec
 
 __all__ = ["losses", "order", "perplexities", "ratio"]
 
@@ -50,8 +50,7 @@ def losses(table: str, row: str, column: str, text: str | None = None) -> Tensor
         table, text: as for :func:`perplexities`.
         row, column: of the cell.
     """
-    name = column.replace(":", "-").replace("/", "-rank-")
-    file = folder(f"measured/{table}") / row.replace("/", "-") / f"{name}.json"
+    file = Cell(row, column, None).file(folder(f"measured/{table}"))
     if not file.is_file():
         return None
     told = json.loads(file.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import perplexity
 from slr.layer.linear import SLRLinear
 from slr.methods.blockwise import compress_model
+from slr.model.data import OURS
 from slr.model.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -152,8 +153,5 @@ def comparison_of(
 
 def _may_read(folder: Path, notes: dict) -> bool:
     """Whether the calibration text is none of a downloaded configuration's choice."""
-    named = notes["calibration"] is None or notes["calibration"].get("text") in (
-        "general",
-        "embedded",
-    )
+    named = notes["calibration"] is None or notes["calibration"].get("text") in OURS
     return named or not downloaded(folder)

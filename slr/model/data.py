@@ -18,7 +18,8 @@ __all__ = [
     "load_text", "spread", "unseen", "windows",
 ]  # fmt: skip
 
-SPLIT = ("general", "embedded", "wikitext2")  # texts that have a held-out part of their own
+OURS = {"general": general, "embedded": corpus}  # texts of the package
+SPLIT = (*OURS, "wikitext2")  # texts that have a held-out part of their own
 SAMPLES = 24  # calibration windows if not told: a third more lower held-out errors by 0.6%
 
 
@@ -36,8 +37,8 @@ def load_text(source: str, split: str = "validation") -> str:
         ValueError: no such file, or it is not UTF-8 text.
         RuntimeError: the data set cannot be had.
     """
-    if source in ("general", "embedded"):
-        return general(split) if source == "general" else corpus(split)
+    if source in OURS:
+        return OURS[source](split)
     if source == "wikitext2":
         part = "test" if split == "validation" else "train"
         rows = hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
