@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 LONG := $(foreach n,03 11 08 09 05 14 12,$(wildcard notebooks/$(n)_*.ipynb))
 CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb)))
 
-.PHONY: help setup book test fuzz chaos browser-test lint format notebooks serve clean repo
+.PHONY: help setup book checked-book test fuzz chaos browser-test lint format notebooks serve clean repo
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -39,6 +39,9 @@ setup: .venv/.ready  ## make .venv and install everything into it
 
 book: .venv/.ready  ## run the chapters that changed and render the book into _build/html
 	$(BIN)/python book/build.py $(CHAPTERS)
+
+checked-book: .venv/.ready  # of the outputs that `make test` has just compared with a run
+	$(BIN)/python book/build.py --checked $(CHAPTERS)
 
 # Two workers of one thread each: two of two threads on two cores wait for one another.
 test: .venv/.ready lint  ## lint, unit tests, doctests and notebooks
