@@ -79,6 +79,7 @@ def compress(
     schedule: opt.Schedule = None,
     tolerance: opt.Tolerance = None,
     update_mask: opt.UpdateMask = None,
+    admm: opt.Admm = None,
     skip: opt.Skip = None,
     override: opt.Override = None,
     calibration: opt.Calibration = None,
@@ -96,9 +97,9 @@ def compress(
     """
     options = opt.given(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
-        iterations=iterations, schedule=schedule, tolerance=tolerance, update_mask=update_mask,
-        skip=skip, overrides=dict(map(opt.parse_override, override or [])) or None, samples=samples,
-        seqlen=seqlen, seed=seed,
+        iterations=iterations, schedule=schedule, tolerance=tolerance,
+        update_mask=opt.mask_anew(update_mask, admm), skip=skip, samples=samples, seqlen=seqlen,
+        overrides=dict(map(opt.parse_override, override or [])) or None, seed=seed,
     )  # fmt: skip
     system = opt.given(budget=budget, steps=steps)
     recipe = opt.recipe_of(method, system, options, config, preset)

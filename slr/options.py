@@ -26,6 +26,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "given",
+    "mask_anew",
     "parse_override",
     "read_config",
     "recipe_of",
@@ -79,21 +80,23 @@ Group = Annotated[str | None, Option(help="for a fraction: row | matrix (default
 Refine = Annotated[
     str | None,
     Option(
-        help=f"{' | '.join(REPAIRS)} (default: activations with --update-mask, or weights with "
+        help=f"{' | '.join(REPAIRS)} (default: activations with --admm, or weights with "
         "--schedule accelerated where the pruner reads no data)"
     ),
 ]
 Rank = Annotated[int | None, Option(help="rank of the repair")]
 RankRatio = Annotated[float | None, Option(help="rank over hidden size (default: 1/32)")]
-Iterations = Annotated[
-    int | None, Option(help="of the refinement (default: 20 where --refine is left out, else 50)")
-]
+Iterations = Annotated[int | None, Option(help="of the refinement (default: 50)")]
 Schedule = Annotated[str | None, Option(help=f"{' | '.join(SCHEDULES)} (default: paper)")]
 Tolerance = Annotated[
     float | None, Option(help="stop refining when an iteration gains less, as 0.001 (default: 0)")
 ]
 UpdateMask = Annotated[
-    bool | None, Option("--update-mask", help="with --refine activations: choose the mask anew")
+    bool | None,
+    Option("--update-mask", help="with --refine activations: choose the mask anew, by a score"),
+]
+Admm = Annotated[
+    bool | None, Option("--admm", help="with --refine activations: choose the mask anew, by ADMM")
 ]
 Skip = Annotated[
     list[str] | None, Option(help="layers to leave dense, as '*.down_proj'; repeatable")
@@ -154,6 +157,17 @@ Dtype = Annotated[str, Option(help=" | ".join(DTYPES))]
 def given(**options: Any) -> dict:
     """Those that were given."""
     return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def mask_anew(score: bool | None, admm: bool | None) -> bool | str | None:
+    """How the mask is chosen anew, by the two flags; ``None`` if none was given.
+
+    Raises:
+        ValueError: both were.
+    """
+    if score and admm:
+        raise ValueError("--update-mask and --admm both say how the mask is chosen; give one")
+    return "admm" if admm else score
 
 
 def refuse(options: dict, why: str) -> None:
@@ -256,10 +270,14 @@ def parse_override(text: str) -> tuple[str, dict]:
         if not equals:
             raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
         kinds = {"rank": int, "iterations": int, "rank_ratio": float, "tolerance": float}
-        found[key.strip()] = kinds.get(key.strip(), str)(value)
+        found[key.strip()] = kinds.get(key.strip(), _word)(value)
     if not name or not found:
         raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
     return name, found
+
+
+def _word(value: str) -> str | bool:
+    return {"true": True, "false": False}.get(value, value)
 
 
 def read_config(file: str | Path) -> dict:

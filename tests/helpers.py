@@ -82,3 +82,31 @@ def activations(tokens: int, n: int, seed: int = 0) -> Tensor:
     mix = torch.randn(n, n, generator=g) / n**0.5 + torch.eye(n)
     loud = torch.rand(n, generator=g).exp() ** 2
     return torch.randn(tokens, n, generator=g) @ mix * loud
+
+
+def admm_slowly(
+    W: Tensor, H: Tensor, mask: Tensor, pattern, k: int, penalties: list[float]
+) -> tuple[Tensor, Tensor]:
+    """ADMM for S + B A as 3BASiL's paper writes it, one ρ for each round; D and its mask.
+
+    With a running sum V = ρ u, one solve a round, and exact low-rank steps.
+    """
+    N = torch.diag(H.diagonal().sqrt())
+    Hn = torch.linalg.inv(N) @ H @ torch.linalg.inv(N)
+    root = torch.linalg.cholesky(Hn)
+    Wn, V = W @ N, torch.zeros_like(W)
+    D = Wn * mask
+
+    def low(rest: Tensor) -> Tensor:
+        U, s, Vh = torch.linalg.svd(rest @ root, full_matrices=False)
+        return U[:, :k] @ torch.diag(s[:k]) @ Vh[:k] @ torch.linalg.inv(root)
+
+    BA = low(Wn - D)
+    for rho in penalties:
+        left = (Wn - BA) @ Hn - V + rho * D
+        S = torch.linalg.solve(Hn + rho * torch.eye(len(H), dtype=H.dtype), left.T).T
+        mask = pattern.select((S + V / rho).abs())
+        D = (S + V / rho) * mask
+        V = V + rho * (S - D)
+        BA = low(Wn - S)
+    return D @ torch.linalg.inv(N), mask

@@ -120,7 +120,7 @@ def test_a_dry_run_writes_nothing(small, tmp_path):
 def test_the_default_is_the_best_for_what_is_read():
     best = Recipe()
     assert (str(best.prune), str(best.refine), best.refine.update_mask) == (
-        "wanda", "activations", True,
+        "wanda", "activations", "admm",
     )  # fmt: skip
     free = Recipe("magnitude")
     assert (str(free.refine), free.refine.schedule, free.needs_data) == (

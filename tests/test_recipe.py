@@ -55,6 +55,10 @@ def test_a_recipe_survives_json():
             {"refine": "weights", "update_mask": True},
             "update_mask=True has no effect with refine='weights'",
         ),
+        (
+            {"refine": "activations", "update_mask": "swaps"},
+            "update_mask is 'swaps'; it must be 'admm', true (by score) or false",
+        ),
         ({"tolerance": 1}, "tolerance is 1; it must be from 0 to below 1"),
     ],
 )

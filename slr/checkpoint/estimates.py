@@ -29,6 +29,7 @@ from slr.model.recipe import Recipe
 __all__ = ["Estimate", "estimate"]
 
 FEW = (2, 6)  # iterations that are tried out
+SEARCH = (10, 15)  # the same where some are of ADMM, which computes a few inverses whatever it does
 
 
 class Estimate(NamedTuple):
@@ -126,15 +127,16 @@ def _layers(work: Prospect, block: nn.Module, known: dict[str, Known]) -> float:
 
 def _layer(weight: torch.Tensor, recipe: Recipe, known: Known | None) -> float:
     step = recipe.refine
-    if not isinstance(step, Iterated) or step.iterations <= FEW[1]:
+    counts = SEARCH if getattr(step, "update_mask", False) == "admm" else FEW
+    if not isinstance(step, Iterated) or step.iterations <= counts[1]:
         return _timed(weight, recipe, known)
     few = []
-    for count in FEW:
+    for count in counts:
         short = replace(step, iterations=count)
         once = Recipe(recipe.prune, recipe.pattern, refine=short, seed=recipe.seed)
         few.append(_timed(weight, once, known))
-    slope = max(0.0, few[1] - few[0]) / (FEW[1] - FEW[0])
-    return few[1] + slope * (step.iterations - FEW[1])
+    slope = max(0.0, few[1] - few[0]) / (counts[1] - counts[0])
+    return few[1] + slope * (step.iterations - counts[1])
 
 
 def _timed(weight: torch.Tensor, recipe: Recipe, known: Known | None) -> float:

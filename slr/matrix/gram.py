@@ -11,8 +11,8 @@ alternate, and each is the exact minimiser in one unknown or goes towards it:
 Neither needs a factor of H: U is warm-started from round to round and improved by one block power
 step, and the gradient iteration starts from the last S.  This goes beyond the paper; HASSLE-free
 and 3BASiL minimise the same objective by other means.  The first half is EoRA's repair, the second
-is what SparseGPT approximates.  Between the two the mask may be
-chosen anew, by the score of Wanda on what the low-rank part leaves.  Book: chapter 8.
+is what SparseGPT approximates.  The mask may be chosen anew: between the two, by the score of Wanda
+on what the low-rank part leaves, or before them, by :mod:`slr.matrix.admm`.  Book: chapter 8.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slr.matrix.admm import choose_mask
 from slr.matrix.checks import check_rank
 from slr.matrix.filled import OVERSAMPLING, WARMUP, Factors
 from slr.matrix.metric import Gram, definite
@@ -29,6 +30,7 @@ from slr.matrix.result import Step
 __all__ = ["best_low_rank", "masked_least_squares", "refine_gram"]
 
 GRADIENT_STEPS = 4  # of conjugate gradients in a round
+SEARCH = 4  # rounds of ADMM to one of the alternation: they take a fourth as long
 REFRESH = 10  # rounds after which (W - S) H is computed anew, for rounding adds up
 
 
@@ -122,6 +124,7 @@ def refine_gram(
     tolerance: float,
     generator: torch.Generator,
     update_mask: Pattern | None = None,
+    search: str = "score",
 ) -> tuple[Tensor, Tensor, Factors, list[Step]]:
     """The alternation; :func:`slr.refine` is its public face and says what the arguments are.
 
@@ -130,7 +133,7 @@ def refine_gram(
         metric.
 
     Cost: a round takes 2 GRADIENT_STEPS m n² + 12 m n q FLOPs, q = k + 8, and a few matrices of the
-        size of W.
+        size of W; one of ADMM 2 m n² + 10 m n q.
 
     >>> W, H = torch.tensor([[2.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> S, mask, (B, A), steps = refine_gram(
@@ -147,7 +150,14 @@ def refine_gram(
     m, n = work.shape
     width = min(rank + OVERSAMPLING, m, n)
     U = torch.randn(m, width, generator=generator, device=work.device, dtype=work.dtype)
-    S = work * mask
+    if update_mask is not None and search == "admm":
+        rounds = iterations * SEARCH // (SEARCH + 1)
+        S, mask = choose_mask(
+            work, H, mask, update_mask, rank, rounds=rounds, generator=generator
+        )  # fmt: skip
+        iterations, update_mask = iterations - rounds, None
+    else:
+        S = work * mask
     image = (work - S) @ H  # (W - S) H follows S; only the descent multiplies by H
     _descend(S, image, mask, H, GRADIENT_STEPS)
     loudness = H.diagonal().sqrt()

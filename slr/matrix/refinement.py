@@ -54,10 +54,11 @@ from slr.matrix.metric import Diagonal, Gram, Identity, Metric
 from slr.matrix.patterns import Pattern, parse
 from slr.matrix.result import Refined, Step
 
-__all__ = ["SCHEDULES", "SOLVERS", "ramp", "refine", "svd_repair"]
+__all__ = ["SCHEDULES", "SEARCHES", "SOLVERS", "ramp", "refine", "svd_repair"]
 
 SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
+SEARCHES = ("score", "admm")
 ROUNDING = 1e-6  # of an error
 
 
@@ -142,6 +143,7 @@ def refine(
     generator: torch.Generator | None = None,
     search_dtype: torch.dtype | None = None,
     update_mask: Pattern | str | None = None,
+    search: str = "score",
 ) -> Refined:
     """Refine a pruned matrix, or a stack of them, into sparse + low rank.
 
@@ -164,8 +166,11 @@ def refine(
             or ``torch.bfloat16`` (sums in float32).  ``None`` takes bfloat16 for matrices
             from 2^20 entries on where the processor multiplies it several times faster; the
             errors agree to about 1e-5 of themselves.
-        update_mask: with ``Gram`` only: a pattern; in the first half of the iterations the mask
-            is chosen anew in it, by |W - B A| √diag(H).  `mask` is then where to start.
+        update_mask: with ``Gram`` only: a pattern, in which the mask is chosen anew; `mask` is
+            then where to start.
+        search: how: in the first half of the iterations by the ``"score"`` |W - B A| √diag(H), or
+            by ``"admm"`` (:mod:`slr.matrix.admm`) in the first four fifths, which then are not in
+            the trace.
 
     Returns:
         :class:`Refined` in the dtype of `weight`, computed in float32 (float64 for float64).
@@ -199,10 +204,14 @@ def refine(
     metric, weight = _check(weight, mask, rank, metric)
     if update_mask is not None and not isinstance(metric, Gram):
         raise ValueError("update_mask needs metric=Gram(…)")
+    if search not in SEARCHES:
+        raise ValueError(f"search {search!r} is unknown; it must be one of {', '.join(SEARCHES)}")
+    if search != "score" and update_mask is None:
+        raise ValueError(f"search={search!r} needs update_mask, a pattern")
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     if isinstance(metric, Gram):
         pattern = None if update_mask is None else parse(update_mask)
-        limits = {"iterations": iterations, "tolerance": tolerance}
+        limits = {"iterations": iterations, "tolerance": tolerance, "search": search}
         return in_units(
             weight, metric,
             lambda W, M, _: _by_outputs(W, mask, M, rank, pattern, generator, **limits),

@@ -142,17 +142,25 @@ class Outputs(Iterated):
     """Refinement of the layer's outputs, in the metric of the Hessian X Xᵀ (Gram).
 
     Args:
-        update_mask: choose the mask anew in the first half of the iterations.
+        update_mask: choose the mask anew: ``"admm"`` in the first four fifths of the iterations
+            (:mod:`slr.matrix.admm`), or ``True``, by a score in the first half.
     """
 
     name: ClassVar[str] = "activations"
     needs: ClassVar[Statistic] = GramStatistic
-    update_mask: bool = False
+    update_mask: bool | str = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.update_mask, bool) and self.update_mask != "admm":
+            raise ValueError(
+                f"update_mask is {self.update_mask!r}; it must be 'admm', true (by score) or false"
+            )
 
     @property
     def changes_mask(self) -> bool:  # type: ignore[override]
         """Whether the mask of the pruner is not the result's."""
-        return self.update_mask
+        return bool(self.update_mask)
 
     def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.refine`."""
@@ -160,6 +168,7 @@ class Outputs(Iterated):
             task.weight, pruned.mask, self._definite(), metric=self._metric(task.known),
             iterations=self.iterations, tolerance=self.tolerance, generator=task.generator,
             update_mask=task.pattern if self.update_mask else None,
+            search="admm" if self.update_mask == "admm" else "score",
         )  # fmt: skip
 
 

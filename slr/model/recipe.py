@@ -20,7 +20,6 @@ from slr.matrix.steps import REPAIRS, NoRepair, Repair
 __all__ = ["PRESETS", "Recipe"]
 
 PREPARATIONS = ("none", "induction")
-FEW = 20  # iterations on outputs if not told: 50 take twice as long, for 2 to 4% of the error
 PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}}
 # Options of the steps, which are given flat; `group` is the pattern's.
 STEPS = ("prune", "pattern", "refine")
@@ -45,7 +44,7 @@ class Recipe:
             (``"diagonal"``) or on the layer's outputs, by the Hessian (``"activations"``); one
             shot, ``"svd"`` of the weights or ``"eora"`` of the outputs; ``"pcp"``, principal
             component pursuit; or ``"none"``.  When ``None``, the best for what is read anyway:
-            ``"activations"`` with `update_mask` after a pruner that reads data, else
+            ``"activations"`` with ``update_mask="admm"`` after a pruner that reads data, else
             ``"weights"`` with the accelerated schedule.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
@@ -54,7 +53,8 @@ class Recipe:
             :data:`slr.matrix.refinement.SCHEDULES`.
         tolerance: stop refining when an iteration lowers the error by less than this share of
             it; 0 by default.  Not for the paper's schedule, whose ramp has to be run to its end.
-        update_mask: with ``refine="activations"``: choose the mask anew while refining.
+        update_mask: with ``refine="activations"``: choose the mask anew, ``"admm"`` or, by a
+            score, ``True``.
         prepare: ``"induction"`` first rescales each block so that it prunes better
             (:mod:`slr.methods.induction`), or ``"none"``.
         samples: calibration windows, for methods that look at data; when ``None``
@@ -110,7 +110,7 @@ class Recipe:
         iterations: int | None = None,
         schedule: str | None = None,
         tolerance: float | None = None,
-        update_mask: bool | None = None,
+        update_mask: bool | str | None = None,
         prepare: str = "none",
         samples: int | None = None,
         seqlen: int | None = None,
@@ -311,7 +311,7 @@ class Recipe:
 def _repair(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:
     """The repair that is asked for, or the best for what is read anyway."""
     if refine is None and pruner.needs is not None:
-        refine, options = "activations", {"update_mask": True, "iterations": FEW, **options}
+        refine, options = "activations", {"update_mask": "admm", **options}
     elif refine is None:
         refine, options = "weights", {"schedule": "accelerated", **options}
     return step_of("refine", refine, REPAIRS, options)
