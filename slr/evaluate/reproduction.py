@@ -16,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import streamed_losses
 from slr.evaluate.origin import provenance
 from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
+from slr.matrix.rounding import Grid
 from slr.methods.blockwise import plan_layers, prepare_block
 from slr.model import data, distributed
 from slr.model.block import LayerReport, compress_block
@@ -95,7 +96,7 @@ def grid(spec: Spec, out: str | Path, text: str | None = None) -> dict[str, dict
 @torch.no_grad()
 def measure(
     folder: Path,
-    recipe: Recipe | None,
+    recipe: Recipe | Grid | None,
     windows: Tensor,
     calibration: Tensor | None = None,
     *,
@@ -107,7 +108,7 @@ def measure(
 
     Args:
         folder: of the dense checkpoint.
-        recipe: ``None`` leaves it dense.
+        recipe: ``None`` leaves it dense; a grid rounds the linear layers of its blocks.
         windows: to evaluate on, int64 (count, seqlen).
         calibration: windows, for a recipe that needs data.
         device: where to compute.
@@ -128,6 +129,8 @@ def measure(
     stream.fill_outside()
     if recipe is None:
         return streamed_losses(stream, windows, progress=progress), []
+    if isinstance(recipe, Grid):
+        return streamed_losses(stream, windows, progress=progress, change=_rounding(recipe)), []
     recipe = recipe.resolved(stream.config.hidden_size)
     plan = plan_layers(stream.model, recipe, stream.config.hidden_size)
     reports: list[LayerReport] = []
@@ -147,6 +150,17 @@ def measure(
             stream, windows, progress=progress, calibration=observed, change=change
         )
     return value, reports
+
+
+def _rounding(grid: Grid) -> Callable[[int, str, nn.Module], None]:
+    """What rounds a block."""
+
+    def change(index: int, name: str, block: nn.Module) -> None:
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = grid.nearest(layer.weight.data)
+
+    return change
 
 
 def reproduce(
@@ -205,17 +219,15 @@ def reproduce(
     cells = list(spec.cells(rows, columns))[number::processes]
     with tqdm(total=len(cells), desc=spec.name, unit="cell", disable=not progress) as bar:
         for cell in cells:
-            what: dict[str, Any] = {**same, "recipe": None, "calibration": None}
+            what: dict[str, Any] = {**same, "recipe": cell.told, "calibration": None}
             calibration = None
-            if cell.recipe is not None:
-                what["recipe"] = cell.recipe.as_dict()
-                if cell.recipe.needs_data:
-                    drawn = drawn or calibration_windows(folder, cell.recipe, spec.calibration)
-                    calibration, what["calibration"] = drawn
+            if cell.recipe is not None and cell.recipe.needs_data:
+                drawn = drawn or calibration_windows(folder, cell.recipe, spec.calibration)
+                calibration, what["calibration"] = drawn
             if fresh or not _there(cell.file(out), what, texts):
                 started = time.perf_counter()
                 losses, reports = measure(
-                    folder, cell.recipe, torch.cat(list(texts.values())), calibration,
+                    folder, cell.grid or cell.recipe, torch.cat(list(texts.values())), calibration,
                     device=device, dtype=dtype,
                     progress=f"{cell.row} {cell.column}" if progress else None,
                 )  # fmt: skip
@@ -241,7 +253,9 @@ def _there(file: Path, what: dict, texts: dict[str, Tensor]) -> bool:
         return False
     told = _read(file)
     before, now = told["what"], json.loads(json.dumps(what))
-    if before.get("recipe"):  # files of earlier versions tell options without effect too
+    if "prune" in (
+        before.get("recipe") or {}
+    ):  # files of earlier versions tell options without effect too
         before["recipe"] = json.loads(json.dumps(Recipe.from_dict(before["recipe"]).as_dict()))
     for name in now:
         if before.get(name) != now[name]:

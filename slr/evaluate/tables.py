@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from slr.matrix.rounding import Grid
 from slr.model.edges import check_entries, is_mapping, is_text, is_whole, or_none
 from slr.model.recipe import Recipe
 
@@ -33,6 +34,9 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "activations": ("refined-activations", {}),
     "activations+mask": (
         "refined-activations-mask", {"refine": "activations", "update_mask": True}
+    ),
+    "activations+admm": (
+        "refined-activations-admm", {"refine": "activations", "update_mask": "admm"}
     ),
     "pcp": ("pcp", {}),
 }  # fmt: skip
@@ -63,6 +67,7 @@ FIELDS = {
     "recipe": ("a mapping", is_mapping),
     "options": ("a mapping", is_mapping),
     "published": ("null, or a file's name", or_none(is_text)),
+    "rounded": ("a list of names", lambda value: not value or _names(value)),
 }
 
 
@@ -82,16 +87,27 @@ def check_spec(told: Any, fields: dict, **left_out: Any) -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: its row and column, and the recipe; no recipe is the dense model."""
+    """One number of a table: its row and column, and the recipe; no recipe is the dense model.
+
+    With a `grid` instead, its weights are rounded, and nothing else is done.
+    """
 
     row: str
     column: str
     recipe: Recipe | None
+    grid: Grid | None = None
+
+    @property
+    def told(self) -> dict | None:
+        """What decided its number, as plain data."""
+        if self.grid is not None:
+            return {"rounded": str(self.grid)}
+        return None if self.recipe is None else self.recipe.as_dict()
 
     def file(self, out: Path) -> Path:
         """Where its JSON is kept under `out`."""
         column = self.column.replace(":", "-").replace("/", "-rank-")
-        return out / self.row.replace("/", "-") / f"{column}.json"
+        return out / self.row.replace("/", "-").replace(" ", "-") / f"{column}.json"
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ class Spec:
         columns: patterns, or a pattern and a rank, as ``"2:4/36"``.
         published: file of published numbers, if any.
         options: more options of the recipes of some repairs, by the repair's name.
+        rounded: grids for the plain alternative, rows of their own: ``["int8", "int4 by 32"]``.
     """
 
     name: str
@@ -128,6 +145,7 @@ class Spec:
     columns: Sequence[str]
     published: str | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rounded: Sequence[str] = ()
 
     @classmethod
     def read(cls, name: str) -> Spec:
@@ -138,7 +156,7 @@ class Spec:
         """
         name, told = told_by(name)
         try:
-            check_spec(told, FIELDS, published=None, options={})
+            check_spec(told, FIELDS, published=None, options={}, rounded=[])
             spec = cls(name=name, **told)
             for repair in spec.repairs:
                 if repair not in REPAIRS:
@@ -152,7 +170,8 @@ class Spec:
     @property
     def rows(self) -> list[str]:
         """Names of the rows, in the order of the table."""
-        return ["dense", *(f"{m}/{REPAIRS[r][0]}" for m in self.masks for r in self.repairs)]
+        repaired = [f"{m}/{REPAIRS[r][0]}" for m in self.masks for r in self.repairs]
+        return ["dense", *(f"rounded/{name}" for name in self.rounded), *repaired]
 
     def cells(self, rows: Sequence[str] = ("*",), columns: Sequence[str] = ()) -> Iterator[Cell]:
         """The cells of some rows and columns, the cheapest first.
@@ -176,6 +195,9 @@ class Spec:
 
         if wanted("dense"):
             yield Cell("dense", "dense", None)
+        for name in self.rounded:
+            if wanted(f"rounded/{name}"):
+                yield Cell(f"rounded/{name}", "dense", None, Grid.parse(name))
         for repair in sorted(self.repairs, key=list(REPAIRS).index):
             for mask in self.masks:
                 row, options = REPAIRS[repair]

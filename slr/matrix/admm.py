@@ -39,7 +39,7 @@ def choose_mask(
     *,
     rounds: int,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The support of S in a pattern such that S + B A is near W in the metric of H.
 
     Args:
@@ -52,8 +52,8 @@ def choose_mask(
         generator: for the start of the power iteration.
 
     Returns:
-        S (m, n), zero off the mask, and its mask: where :func:`slr.matrix.gram.refine_gram`
-        can go on.
+        S (m, n), zero off the mask; its mask; and U (m, q), whose first columns B is made of:
+        where :func:`slr.matrix.gram.refine_gram` goes on.
 
     Cost: a round takes 2 m n² + 10 m n q + 2 n² q FLOPs, q = k + 8, and some passes; `STAGES`
         times 2 n³; five matrices of the size of W and two of the size of H.
@@ -63,7 +63,7 @@ def choose_mask(
     >>> from slr.matrix.patterns import NM
     >>> W, H = torch.tensor([[2.0, 1.9, 0.1, 0.1]]), torch.eye(4)
     >>> H[0, 1] = H[1, 0] = 0.9  # the first two say nearly the same
-    >>> S, mask = choose_mask(
+    >>> S, mask, _ = choose_mask(
     ...     W.repeat(8, 1), H, W.repeat(8, 1) > 1, NM(1, 2), 1, rounds=12,
     ...     generator=torch.Generator().manual_seed(0),
     ... )
@@ -97,7 +97,7 @@ def choose_mask(
         D = target * mask
         u = target.sub_(D)
         U, B, A = _leading(rest, unit, U, rank)
-    return D / loud, mask
+    return D / loud, mask, U
 
 
 def _leading(rest: Tensor, H: Tensor, U: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

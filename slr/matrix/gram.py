@@ -30,7 +30,7 @@ from slr.matrix.result import Step
 __all__ = ["best_low_rank", "masked_least_squares", "refine_gram"]
 
 GRADIENT_STEPS = 4  # of conjugate gradients in a round
-SEARCH = 4  # rounds of ADMM to one of the alternation: they take a fourth as long
+SEARCH = 8  # rounds of ADMM to one of the alternation: each takes a fourth as long
 REFRESH = 10  # rounds after which (W - S) H is computed anew, for rounding adds up
 
 
@@ -147,16 +147,16 @@ def refine_gram(
     # One scale for all of H: products stay in range in float32 whatever its units.
     unit = H.diagonal().mean()
     H.div_(unit)  # our own copy
-    m, n = work.shape
-    width = min(rank + OVERSAMPLING, m, n)
-    U = torch.randn(m, width, generator=generator, device=work.device, dtype=work.dtype)
     if update_mask is not None and search == "admm":
         rounds = iterations * SEARCH // (SEARCH + 1)
-        S, mask = choose_mask(
+        S, mask, U = choose_mask(
             work, H, mask, update_mask, rank, rounds=rounds, generator=generator
         )  # fmt: skip
         iterations, update_mask = iterations - rounds, None
     else:
+        m, n = work.shape
+        width = min(rank + OVERSAMPLING, m, n)
+        U = torch.randn(m, width, generator=generator, device=work.device, dtype=work.dtype)
         S = work * mask
     image = (work - S) @ H  # (W - S) H follows S; only the descent multiplies by H
     _descend(S, image, mask, H, GRADIENT_STEPS)

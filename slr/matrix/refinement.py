@@ -169,7 +169,7 @@ def refine(
         update_mask: with ``Gram`` only: a pattern, in which the mask is chosen anew; `mask` is
             then where to start.
         search: how: in the first half of the iterations by the ``"score"`` |W - B A| √diag(H), or
-            by ``"admm"`` (:mod:`slr.matrix.admm`) in the first four fifths, which then are not in
+            by ``"admm"`` (:mod:`slr.matrix.admm`) in the first eight ninths, which then are not in
             the trace.
 
     Returns:

@@ -142,7 +142,7 @@ class Outputs(Iterated):
     """Refinement of the layer's outputs, in the metric of the Hessian X Xᵀ (Gram).
 
     Args:
-        update_mask: choose the mask anew: ``"admm"`` in the first four fifths of the iterations
+        update_mask: choose the mask anew: ``"admm"`` in the first eight ninths of the iterations
             (:mod:`slr.matrix.admm`), or ``True``, by a score in the first half.
     """
 
