@@ -178,11 +178,11 @@ def evaluate(
     )  # fmt: skip
     if why and compare is not False:
         say(f"(without its source: {why})")
-    if json_output:
+    if distributed.alone()[0] == 0:
         told = {"model": model, "text": text, "windows": windows.shape[0], "seqlen": seqlen}
-        print(as_json({**told, "dtype": dtype, "perplexity": values, **provenance()}))
-    else:
-        print(table([(key, f"{value:.3f}") for key, value in values.items()]))
+        told |= {"dtype": dtype, "perplexity": values}
+        rows = [(key, f"{value:.3f}") for key, value in values.items()]
+        print(as_json({**told, **provenance()}) if json_output else table(rows))
     if not math.isfinite(list(values.values())[-1]):
         raise RuntimeError(f"{model} has no finite perplexity on {text}")
 

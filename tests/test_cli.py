@@ -128,6 +128,19 @@ def test_info_and_export(small, tmp_path):
     assert "| q_proj | 2 | 4 |" in card
 
 
+def test_under_torchrun_the_first_process_alone_prints(small, monkeypatch):
+    from slr.evaluate import comparison
+
+    found = comparison.Comparison({"dense": 2.0})
+    monkeypatch.setattr(comparison, "comparison_of", lambda *_, **__: found)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "dense  2.000\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        done = run("eval", small, "--seqlen", 16, "--limit", 2)
+        assert done.exit_code == 0
+        assert done.stdout == said
+
+
 def test_eval_streamed_is_eval(small, tmp_path):
     out = tmp_path / "x"
     run("compress", small, "--out", out, "--prune", "magnitude", "--iterations", 2)
