@@ -20,8 +20,13 @@ from slr.chapters.records import folder
 from slr.evaluate.agree import bootstrap
 from slr.evaluate.reproduction import grid
 from slr.evaluate.tables import Cell, Spec
+from slr.matrix.accounting import matrix_account
+from slr.matrix.rounding import Grid
 
-__all__ = ["losses", "order", "perplexities", "ratio"]
+__all__ = ["frontier", "losses", "order", "perplexities", "ratio"]
+
+# Width, inner width and width of keys of the models that are measured, and their rank.
+WIDTHS = {"smollm2": (576, 1536, 192, 18), "tiny": (256, 704, 256, 8)}
 
 
 def perplexities(
@@ -57,6 +62,42 @@ def losses(table: str, row: str, column: str, text: str | None = None) -> Tensor
     told = told if text is None else told.get("also", {}).get(text, {})
     values = told.get("losses")
     return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
+def frontier(table: str, text: str | None = None, pattern: str = "2:4") -> pd.DataFrame:
+    """What is dense, rounded and pruned to a pattern, by its bits for each weight.
+
+    Args:
+        table, text: as for :func:`perplexities`.
+        pattern: of the columns that are looked at, with the ranks that they name.
+
+    Returns:
+        A row for each cell that is measured; columns ``"mask"`` (``"rounded"`` for what is),
+        ``"repair"``, ``"rank"``, ``"bits"`` (of the linear layers on disk, S as values in bfloat16
+        and a bit for each place) and ``"perplexity"``.
+
+    >>> frontier("tiny").columns.tolist()
+    ['mask', 'repair', 'rank', 'bits', 'perplexity']
+    """
+    width, wide, keys, usual = WIDTHS[table]
+    shapes = [(width, width)] * 2 + [(keys, width)] * 2 + [(wide, width)] * 2 + [(width, wide)]
+
+    def bits(rank: int) -> float:
+        each = [matrix_account(shape, pattern, rank, storage="bitmask") for shape in shapes]
+        return 8 * sum(one.bytes for one in each) / sum(m * n for m, n in shapes)
+
+    rows = []
+    for row, cells in perplexities(table, text).iterrows():
+        mask, _, repair = str(row).partition("/")
+        for column, value in cells.dropna().items():
+            name, _, rank = str(column).partition("/")
+            if name == "dense":
+                size = Grid.parse(repair).bits_per_weight if repair else 16
+                rows.append((mask, repair, 0, size, value))
+            elif name == pattern:
+                k = 0 if repair == "pruned" else int(rank or usual)
+                rows.append((mask, repair, k, bits(k), value))
+    return pd.DataFrame(rows, columns=["mask", "repair", "rank", "bits", "perplexity"])
 
 
 def ratio(lower: Tensor, upper: Tensor) -> tuple[float, float, float]:
