@@ -1,10 +1,12 @@
 """How far a real model's compressions are from it: KL, agreement, and questions, at stated bits.
 
-    python benchmarks/agreement.py [--model smollm2] [--out results/measured/smollm2]
+    slr compress smollm2 --out small
+    python benchmarks/agreement.py --default small [--out results/measured/smollm2]
 
-Each model is compressed in memory and compared with the dense one on windows of held-out general
-text and on the questions of chapter 11; with ``--out`` also writes ``agreement.json`` there, with
-the values of every window and question, which intervals need.  Half an hour on two cores.
+The folder is what the default makes; the other models are compressed in memory.  Each is compared
+with the dense one on windows of held-out general text and on the questions of chapter 11; with
+``--out`` also writes ``agreement.json`` there, with the values of every window and question, which
+intervals need.  A quarter of an hour on two cores.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from torch import nn
 import slr
 from slr.chapters import local_tasks
 from slr.chapters.choices import log_likelihoods
-from slr.checkpoint.folder import resolve
+from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.agree import agreement
 from slr.evaluate.origin import provenance
@@ -35,8 +37,8 @@ MODELS: dict[str, Recipe | Grid] = {
     "magnitude, SVD": Recipe("magnitude", refine="svd"),
     "magnitude, refined": Recipe("magnitude", refine="weights"),
     "wanda, pruned": Recipe("wanda", refine="none"),
-    "the default": Recipe(),
 }
+DEFAULT = "the default"
 
 
 def changed(name: str, recipe: Recipe | Grid) -> nn.Module:
@@ -55,7 +57,7 @@ def changed(name: str, recipe: Recipe | Grid) -> nn.Module:
 
 
 @torch.no_grad()
-def measure(name: str) -> dict:
+def measure(name: str, default: str) -> dict:
     """Every model against the dense one."""
     tokenizer, dense = slr.load_tokenizer(name), slr.load(name, dtype=torch.float32)
     windows = data.windows(data.load_text("general"), tokenizer, SEQLEN, WINDOWS)
@@ -71,10 +73,16 @@ def measure(name: str) -> dict:
         return {task: rounded(values) for task, values in found.items()}
 
     rows = {"dense": {"log-likelihoods": answers(dense)}}
-    for label, recipe in MODELS.items():
-        model = changed(name, recipe)
+    for label, recipe in {**MODELS, DEFAULT: None}.items():
+        if recipe is None:
+            model, told = (
+                slr.load(default, dtype=torch.float32),
+                {"recipe": about(default)["recipe"]},
+            )
+        else:
+            model = changed(name, recipe)
+            told = {"recipe": str(recipe) if isinstance(recipe, Grid) else recipe.as_dict()}
         found = agreement(model, dense, windows)
-        told = {"recipe": str(recipe) if isinstance(recipe, Grid) else recipe.as_dict()}
         told |= {field: rounded(values) for field, values in found._asdict().items()}
         rows[label] = {**told, "log-likelihoods": answers(model)}
         kl, same = float(found.kl.mean()), float(found.same_choice.mean())
@@ -94,9 +102,10 @@ def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--default", required=True, help="a folder that the default made")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    result = measure(args.model)
+    result = measure(args.model, args.default)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         part = args.out / "agreement.json.part"
