@@ -8,7 +8,7 @@ meant to be right.  One eighth is documentation and sources of this Python insta
 Calibration asks for text as people write it.  What SmolLM2-135M itself had written, which was here
 before, said less: calibrated on it, its perplexity on WikiText-2 was 40.7, and is 38.5 on this (20
 windows of 1024; 2:4, rank 18, 24 windows).  A text of one kind is better for that kind: 36.4 with
-articles of an encyclopedia alone.
+little but articles of an encyclopedia.
 
 Book: "How to use this book".
 """
