@@ -77,7 +77,7 @@ def measure(name: str, default: str) -> dict:
         if recipe is None:
             model, told = (
                 slr.load(default, dtype=torch.float32),
-                {"recipe": about(default)["recipe"]},
+                {"recipe": about(Path(default))["recipe"]},
             )
         else:
             model = changed(name, recipe)
