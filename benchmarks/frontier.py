@@ -14,6 +14,7 @@ import pandas as pd
 from slr.chapters.measured import frontier
 
 TEXT = "wikitext-2-test.txt"
+TITLES = {"magnitude": "magnitude", "wanda": "Wanda"}
 SHOWN = {  # of each mask, and where its name goes: above or below the point, in points
     "pruned": ("pruned", 0),
     "svd": ("SVD of the weights", 4),
@@ -33,12 +34,12 @@ def draw(found: pd.DataFrame, file: Path) -> None:
     use_style()
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True)
     plain = found[found["mask"].isin(["dense", "rounded"])].sort_values("bits")
-    for axes, mask in zip(panels, ("magnitude", "wanda"), strict=True):
+    for axes, mask in zip(panels, TITLES, strict=True):
         axes.plot(plain["bits"], plain["perplexity"], "-o", color=COLORS["dense"], ms=5, lw=1)
         for row in plain.itertuples():
             name = row.repair.replace(" by 32", "") or "dense"
             axes.annotate(
-                name, (row.bits, row.perplexity), (0, -13), textcoords="offset points",
+                name, (row.bits, row.perplexity), (0, 8 if row.bits < 4 else -13), textcoords="offset points",
                 ha="center", fontsize=8, color=COLORS["dense"],
             )  # fmt: skip
         mine = found[(found["mask"] == mask) & found["rank"].isin([0, 18])]
@@ -53,7 +54,7 @@ def draw(found: pd.DataFrame, file: Path) -> None:
                 va="center", fontsize=8,
             )  # fmt: skip
         axes.set_yscale("log")
-        axes.set(title=f"2:4, {mask} mask", xlabel="bits a weight", xlim=(2.4, 17))
+        axes.set(title=f"2:4, {TITLES[mask]} mask", xlabel="bits a weight", xlim=(2.4, 17))
     panels[0].set_yticks([25, 50, 100, 200, 400, 800, 1600])
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_locator(plt.NullLocator())
