@@ -5,8 +5,8 @@
 
 The folder is what the default makes; the other models are compressed in memory.  Each is compared
 with the dense one on windows of held-out general text and on the questions of chapter 11; with
-``--out`` also writes ``agreement.json`` there, with the values of every window and question, which
-intervals need.  A quarter of an hour on two cores.
+``--out`` also writes ``agreement.json`` there, row by row, with the values of every window and
+question, which intervals need; a run that was stopped goes on.  A quarter of an hour on two cores.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch import nn
 import slr
 from slr.chapters import local_tasks
 from slr.chapters.choices import log_likelihoods
+from slr.checkpoint.atomic import write_text
 from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.agree import agreement
@@ -57,8 +58,8 @@ def changed(name: str, recipe: Recipe | Grid) -> nn.Module:
 
 
 @torch.no_grad()
-def measure(name: str, default: str) -> dict:
-    """Every model against the dense one."""
+def measure(name: str, default: str, file: Path | None) -> dict:
+    """Every model against the dense one; rows that `file` holds already are not measured again."""
     tokenizer, dense = slr.load_tokenizer(name), slr.load(name, dtype=torch.float32)
     windows = data.windows(data.load_text("general"), tokenizer, SEQLEN, WINDOWS)
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,31 +67,37 @@ def measure(name: str, default: str) -> dict:
         for task in local_tasks.build(Path(scratch), examples=QUESTIONS):
             lines = (Path(scratch) / f"{task}.jsonl").read_text("utf-8").splitlines()
             tasks[task] = [json.loads(line) for line in lines]
-    asked = {task: [row["gold"] for row in rows] for task, rows in tasks.items()}
-
-    def answers(model: nn.Module) -> dict:
-        found = {task: log_likelihoods(model, tokenizer, rows) for task, rows in tasks.items()}
-        return {task: rounded(values) for task, values in found.items()}
-
-    rows = {"dense": {"log-likelihoods": answers(dense)}}
-    for label, recipe in {**MODELS, DEFAULT: None}.items():
-        if recipe is None:
-            model, told = (
-                slr.load(default, dtype=torch.float32),
-                {"recipe": about(Path(default))["recipe"]},
-            )
+    rows = {}
+    if file is not None and file.is_file():
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    result = {
+        "model": name, "text": "held-out general text", "windows": WINDOWS, "seqlen": SEQLEN,
+        "gold": {task: [row["gold"] for row in asked] for task, asked in tasks.items()},
+        "rows": rows, "command": "python " + " ".join(sys.argv), **provenance(),
+    }  # fmt: skip
+    for label in ("dense", *MODELS, DEFAULT):
+        if label in rows:
+            continue
+        if label == "dense":
+            model, recipe = dense, None
+        elif label == DEFAULT:
+            model = slr.load(default, dtype=torch.float32)
+            recipe = (about(Path(default)) or {})["recipe"]
         else:
-            model = changed(name, recipe)
-            told = {"recipe": str(recipe) if isinstance(recipe, Grid) else recipe.as_dict()}
+            model, step = changed(name, MODELS[label]), MODELS[label]
+            recipe = str(step) if isinstance(step, Grid) else step.as_dict()
         found = agreement(model, dense, windows)
-        told |= {field: rounded(values) for field, values in found._asdict().items()}
-        rows[label] = {**told, "log-likelihoods": answers(model)}
+        answers = {task: log_likelihoods(model, tokenizer, asked) for task, asked in tasks.items()}
+        rows[label] = {
+            "recipe": recipe,
+            **{field: rounded(values) for field, values in found._asdict().items()},
+            "log-likelihoods": {task: rounded(values) for task, values in answers.items()},
+        }
         kl, same = float(found.kl.mean()), float(found.same_choice.mean())
         print(f"{label:20} KL {kl:.3f} nats, same first choice {same:.1%}", flush=True)
-    return {
-        "model": name, "text": "held-out general text", "windows": WINDOWS, "seqlen": SEQLEN,
-        "gold": asked, "rows": rows, "command": "python " + " ".join(sys.argv), **provenance(),
-    }  # fmt: skip
+        if file is not None:
+            write_text(file, json.dumps(result) + "\n")
+    return result
 
 
 def rounded(values: torch.Tensor) -> list:
@@ -105,12 +112,9 @@ def main() -> None:
     parser.add_argument("--default", required=True, help="a folder that the default made")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    result = measure(args.model, args.default)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        part = args.out / "agreement.json.part"
-        part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        part.rename(args.out / "agreement.json")
+    measure(args.model, args.default, args.out and args.out / "agreement.json")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def draw(found: pd.DataFrame, file: Path) -> None:
         axes.plot(plain["bits"], plain["perplexity"], "-o", color=COLORS["dense"], ms=5, lw=1)
         for row in plain.itertuples():
             name = row.repair.replace(" by 32", "") or "dense"
+            up = 8 if row.bits < 4 else -13
             axes.annotate(
-                name, (row.bits, row.perplexity), (0, 8 if row.bits < 4 else -13), textcoords="offset points",
+                name, (row.bits, row.perplexity), (0, up), textcoords="offset points",
                 ha="center", fontsize=8, color=COLORS["dense"],
             )  # fmt: skip
         mine = found[(found["mask"] == mask) & found["rank"].isin([0, 18])]
