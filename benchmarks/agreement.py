@@ -1,4 +1,4 @@
-"""How far a real model's compressions are from it: KL, agreement, and questions, at stated bits.
+"""How far a real model's compressions are from it: KL, agreement, and questions.
 
     slr compress smollm2 --out small
     python benchmarks/agreement.py --default small [--out results/measured/smollm2]
