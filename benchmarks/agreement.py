@@ -26,6 +26,7 @@ from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.agree import agreement
 from slr.evaluate.origin import provenance
+from slr.evaluate.reproduction import round_linears
 from slr.matrix.rounding import Grid
 from slr.model import data
 from slr.model.recipe import Recipe
@@ -46,9 +47,7 @@ def changed(name: str, recipe: Recipe | Grid) -> nn.Module:
     """The model of a recipe."""
     model = slr.load(name, dtype=torch.float32)
     if isinstance(recipe, Grid):
-        for layer in model.model.layers.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data = recipe.nearest(layer.weight.data)
+        round_linears(model.model.layers, recipe)
         return model
     windows = None
     if recipe.needs_data:

@@ -16,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ __all__ = [
     "measure",
     "published",
     "reproduce",
+    "round_linears",
     "specs",
     "suggested_model",
 ]
@@ -130,7 +131,13 @@ def measure(
     if recipe is None:
         return streamed_losses(stream, windows, progress=progress), []
     if isinstance(recipe, Grid):
-        return streamed_losses(stream, windows, progress=progress, change=_rounding(recipe)), []
+        grid = recipe
+        return streamed_losses(
+            stream,
+            windows,
+            progress=progress,
+            change=lambda _, __, block: round_linears(block, grid),
+        ), []
     recipe = recipe.resolved(stream.config.hidden_size)
     plan = plan_layers(stream.model, recipe, stream.config.hidden_size)
     reports: list[LayerReport] = []
@@ -152,15 +159,11 @@ def measure(
     return value, reports
 
 
-def _rounding(grid: Grid) -> Callable[[int, str, nn.Module], None]:
-    """What rounds a block."""
-
-    def change(index: int, name: str, block: nn.Module) -> None:
-        for layer in block.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data = grid.nearest(layer.weight.data)
-
-    return change
+def round_linears(module: nn.Module, grid: Grid) -> None:
+    """Round the weights of all linear layers of a module, in place."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = grid.nearest(layer.weight.data)
 
 
 def reproduce(
