@@ -10,6 +10,7 @@ from slr import options
 from slr.cli import app
 from slr.matrix import admm
 from slr.matrix.metric import Gram
+from slr.model.block import compress_layer
 from slr.model.recipe import Recipe
 
 W = realistic(48, 64, seed=1)
@@ -108,6 +109,17 @@ def test_the_flags_of_the_command():
     )  # fmt: skip
     assert refused.exit_code != 0
     assert "give one" in refused.output
+
+
+@pytest.mark.parametrize(("update_mask", "search"), [("admm", "admm"), (True, "score")])
+def test_the_recipe_does_it(update_mask, search):
+    recipe = Recipe("wanda", "2:4", refine="activations", update_mask=update_mask, rank=4)
+    known = slr.steps.Known(H.diagonal().sqrt(), H)
+    made = compress_layer(W, recipe, known=known).refined
+    start = slr.prune(W, "wanda", "2:4", activation_norm=known.norm).mask
+    direct = slr.refine(W, start, 4, metric=Gram(H), update_mask="2:4", search=search)
+    assert torch.equal(made.mask, direct.mask)
+    assert torch.equal(made.sparse, direct.sparse)
 
 
 def test_the_recipe_holds_it():
