@@ -80,6 +80,8 @@ def compress(
     tolerance: opt.Tolerance = None,
     update_mask: opt.UpdateMask = None,
     admm: opt.Admm = None,
+    asymmetric: opt.Asymmetric = None,
+    tune: opt.Tune = None,
     skip: opt.Skip = None,
     override: opt.Override = None,
     calibration: opt.Calibration = None,
@@ -98,7 +100,8 @@ def compress(
     options = opt.given(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
         iterations=iterations, schedule=schedule, tolerance=tolerance,
-        update_mask=opt.mask_anew(update_mask, admm), skip=skip, samples=samples, seqlen=seqlen,
+        update_mask=opt.mask_anew(update_mask, admm), asymmetric=asymmetric, tune=tune,
+        skip=skip, samples=samples, seqlen=seqlen,
         overrides=dict(map(opt.parse_override, override or [])) or None, seed=seed,
     )  # fmt: skip
     system = opt.given(budget=budget, steps=steps)

@@ -98,6 +98,20 @@ UpdateMask = Annotated[
 Admm = Annotated[
     bool | None, Option("--admm", help="with --refine activations: choose the mask anew, by ADMM")
 ]
+Asymmetric = Annotated[
+    bool | None,
+    Option(
+        "--asymmetric",
+        help="with --refine activations: ask each layer for what the dense model puts out there",
+    ),
+]
+Tune = Annotated[
+    int | None,
+    Option(
+        help="passes over the calibration text in which each block learns to put out what the "
+        "dense model does (default: 0)"
+    ),
+]
 Skip = Annotated[
     list[str] | None, Option(help="layers to leave dense, as '*.down_proj'; repeatable")
 ]

@@ -174,6 +174,9 @@ def _blocks(
         if files[name] not in journal:
             stream.fill(name, block)
         elif inputs is not None:  # its outputs are wanted
+            if inputs.dense is not None:
+                stream.fill(name, block)
+                inputs.advance_dense(int(name.rpartition(".")[2]), block)
             take(stream, name, block, journal.folder / files[name], done(name))
 
     behind = False  # the held-out windows, of a run that goes on
@@ -190,8 +193,9 @@ def _blocks(
             prepare_block(block, index, recipe, inputs)
             seed = recipe.seed + len(reports)
             made = compress_block(
-                name, block, index, plan[index], inputs, seed=seed, bar=bar, held=held
-            )
+                name, block, index, plan[index], inputs, seed=seed, bar=bar, held=held,
+                tune=recipe.tune,
+            )  # fmt: skip
             reports += made
             if distributed.rank() == 0:
                 tensors = {f"{name}.{k}": v for k, v in hf.state_dict(block).items()}

@@ -33,10 +33,9 @@ from slr.evaluate.likelihood import streamed_losses
 from slr.evaluate.origin import provenance
 from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
 from slr.matrix.rounding import Grid
-from slr.methods.blockwise import plan_layers, prepare_block
+from slr.methods.blockwise import calibration_inputs, plan_layers, prepare_block
 from slr.model import data, distributed
 from slr.model.block import LayerReport, compress_block
-from slr.model.calibrate import first_inputs
 from slr.model.edges import check_entries, is_mapping, is_number, or_none
 from slr.model.losses import exponential
 from slr.model.recipe import Recipe
@@ -146,12 +145,16 @@ def measure(
         if recipe.needs_data:
             if calibration is None:
                 raise ValueError(f"{recipe!r} needs calibration windows")
-            observed = first_inputs(stream.model, calibration, folder=Path(scratch))
+            observed = calibration_inputs(stream.model, recipe, calibration, Path(scratch))
 
         def change(index: int, name: str, block: nn.Module) -> None:
             seed = recipe.seed + len(reports)
             prepare_block(block, index, recipe, observed)
-            reports.extend(compress_block(name, block, index, plan[index], observed, seed=seed))
+            reports.extend(
+                compress_block(
+                    name, block, index, plan[index], observed, seed=seed, tune=recipe.tune
+                )
+            )
 
         value = streamed_losses(
             stream, windows, progress=progress, calibration=observed, change=change

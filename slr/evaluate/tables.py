@@ -38,6 +38,14 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "activations+admm": (
         "refined-activations-admm", {"refine": "activations", "update_mask": "admm"}
     ),
+    "asymmetric": (
+        "asymmetric",
+        {"refine": "activations", "update_mask": "admm", "asymmetric": True},
+    ),
+    "tuned": (
+        "tuned",
+        {"refine": "activations", "update_mask": "admm", "asymmetric": True, "tune": 4},
+    ),
     "pcp": ("pcp", {}),
 }  # fmt: skip
 

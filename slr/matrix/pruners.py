@@ -26,10 +26,18 @@ Statistic = type[NormStatistic] | type[GramStatistic] | None
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What is known of a layer's inputs: `norm` ‖X[j]‖₂ (n,), `gram` X Xᵀ / tokens (n, n)."""
+    """What is known of a layer's inputs.
+
+    Attributes:
+        norm: ‖X[j]‖₂, (n,).
+        gram: X Xᵀ / tokens, (n, n).
+        lacking: Y Xᵀ / tokens, (m, n), where Y is what W X should be and is not, because the
+            inputs are not the dense model's; see :mod:`slr.model.streams`.
+    """
 
     norm: Tensor | None = None
     gram: Tensor | None = None
+    lacking: Tensor | None = None
 
     @classmethod
     def of(cls, statistic: NormStatistic | GramStatistic | None) -> Known:

@@ -1,6 +1,6 @@
 """What pruning and refinement need to know of a layer's inputs, summed over batches.
 
-Both statistics add up in float64 on the CPU or float32 on a GPU, whatever the dtype of the
+All statistics add up in float64 on the CPU or float32 on a GPU, whatever the dtype of the
 activations, and two of the same kind can be merged: by :meth:`merge` within a process, by
 :meth:`all_reduce` across processes.  Book: chapter 3.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GramStatistic", "NormStatistic"]
+__all__ = ["CrossStatistic", "GramStatistic", "NormStatistic"]
 
 TILE = 256  # columns of a product: what lies below the diagonal tiles is not computed
 
@@ -44,8 +44,8 @@ class _Statistic:
         self.tokens = int(count)
 
     def _rows(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.total.shape[0]:
-            raise ValueError(f"activations are {x.shape[-1]} wide, not {self.total.shape[0]}")
+        if x.shape[-1] != self.total.shape[-1]:
+            raise ValueError(f"activations are {x.shape[-1]} wide, not {self.total.shape[-1]}")
         rows = x.detach().reshape(-1, x.shape[-1])
         self.tokens += rows.shape[0]
         return rows.to(self.total.device, torch.float32)
@@ -130,3 +130,40 @@ class GramStatistic(_Statistic):
     def norm(self) -> Tensor:
         """‖X[j]‖₂, (n,) float32: what :class:`NormStatistic` gives."""
         return self.total.diagonal().sqrt().float()
+
+
+class CrossStatistic(_Statistic):
+    """Y Xᵀ / tokens: how what an output lacks goes with the inputs.
+
+    Args:
+        wanted: m, channels of Y.
+        channels: n, channels of X.
+        device: where to add up.
+
+    Raises:
+        ValueError: activations of another width, or other tokens, in :meth:`update`.
+
+    Cost: 2 m n FLOPs a token.  Source: the asymmetric calibration of GPTAQ (Li et al. 2025).
+
+    >>> cross = CrossStatistic(1, 2)
+    >>> cross.update(torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> print(cross.moments())
+    tensor([[1., 2.]])
+    """
+
+    def __init__(self, wanted: int, channels: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(_accumulator((wanted, channels), device))
+
+    def update(self, y: Tensor, x: Tensor) -> None:
+        """Add y (…, m) and x (…, n) of the same tokens."""
+        rows = self._rows(x)
+        lacking = y.detach().reshape(-1, y.shape[-1]).to(rows)
+        if lacking.shape != (len(rows), len(self.total)):
+            raise ValueError(
+                f"y is {tuple(lacking.shape)}; it must be {(len(rows), len(self.total))}"
+            )
+        self.total += lacking.T @ rows
+
+    def moments(self) -> Tensor:
+        """Y Xᵀ / tokens, (m, n) float32."""
+        return (self.total / max(1, self.tokens)).float()

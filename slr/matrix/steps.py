@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slr.matrix.checks import check_count
+from slr.matrix.gram import aimed
 from slr.matrix.metric import Diagonal, Gram, Metric
 from slr.matrix.patterns import Pattern
 from slr.matrix.pcp import pcp_repair
@@ -61,6 +62,10 @@ class Repair(Step):
             return self
         ratio = 1 / 32 if self.rank_ratio is None else self.rank_ratio
         return replace(self, rank=max(1, int(ratio * hidden_size)), rank_ratio=None)
+
+    def aim(self, task: Task) -> Tensor:
+        """What S + B A should be, (m, n): W."""
+        return task.weight
 
     def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """S, B, A and mask of one matrix (m, n), from what pruning left; `rank` is definite."""
@@ -144,11 +149,14 @@ class Outputs(Iterated):
     Args:
         update_mask: choose the mask anew: ``"admm"`` in the first eight ninths of the iterations
             (:mod:`slr.matrix.admm`), or ``True``, by a score in the first half.
+        asymmetric: ask a layer for what the dense model puts out there, not for what its own
+            weights make of inputs that the layers before it have spoilt.
     """
 
     name: ClassVar[str] = "activations"
     needs: ClassVar[Statistic] = GramStatistic
     update_mask: bool | str = False
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,6 +164,13 @@ class Outputs(Iterated):
             raise ValueError(
                 f"update_mask is {self.update_mask!r}; it must be 'admm', true (by score) or false"
             )
+
+    def aim(self, task: Task) -> Tensor:
+        """W, or with `asymmetric` what makes up for the inputs too; see :func:`aimed`."""
+        metric, lacking = self._metric(task.known), task.known.lacking
+        if not self.asymmetric or lacking is None or not isinstance(metric, Gram):
+            return task.weight
+        return aimed(task.weight, metric, lacking)
 
     @property
     def changes_mask(self) -> bool:  # type: ignore[override]
@@ -226,6 +241,10 @@ class NoRepair(Step):
         none = zeros(m, 0), zeros(0, n)
         return Refined(pruned.weight, *none, (), pruned.mask)
 
+    def aim(self, task: Task) -> Tensor:
+        """W."""
+        return task.weight
+
 
 REPAIRS: dict[str, type[Repair] | type[NoRepair]] = {
     c.name: c for c in (Weights, ScaledWeights, Outputs, SVD, EoRA, PCP, NoRepair)
@@ -233,10 +252,11 @@ REPAIRS: dict[str, type[Repair] | type[NoRepair]] = {
 
 
 class Compressed(NamedTuple):
-    """One matrix as S + B A (`refined`), and what pruning had left of it (`pruned`)."""
+    """One matrix as S + B A (`refined`), what pruning left of it, and what S + B A should be."""
 
     refined: Refined
     pruned: Pruned
+    target: Tensor
 
 
 def prune_and_repair(
@@ -274,5 +294,5 @@ def prune_and_repair(
             raise ValueError(f"{str(step)!r} needs a {kind} of the layer's inputs, see slr.observe")
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     task = Task(weight, pattern, known, generator)
-    pruned = pruner(task)
-    return Compressed(repair(task, pruned), pruned)
+    pruned, target = pruner(task), repair.aim(task)
+    return Compressed(repair(task._replace(weight=target), pruned), pruned, target)

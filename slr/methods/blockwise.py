@@ -134,7 +134,9 @@ def compress_model(
         for index, name, block in walk(model, inputs):
             prepare_block(block, index, recipe, inputs)
             seed = recipe.seed + len(reports)
-            reports += compress_block(name, block, index, plan[index], inputs, seed=seed, bar=bar)
+            reports += compress_block(
+                name, block, index, plan[index], inputs, seed=seed, bar=bar, tune=recipe.tune
+            )
     hf.adopt(model, hf.notes(None, recipe.as_dict(), None, reports))
     return reports
 
@@ -154,7 +156,8 @@ def calibration_inputs(
     dtype = compute_dtype(weight.dtype, weight.device)  # type: ignore[arg-type]
     if recipe.prepare != "none":  # scales are trained in the dtype of the weights
         dtype = weight.dtype  # type: ignore[assignment]
-    return first_inputs(model, distributed.mine(windows), folder=folder, dtype=dtype)
+    inputs = first_inputs(model, distributed.mine(windows), folder=folder, dtype=dtype)
+    return inputs.beside(folder) if recipe.follows_dense else inputs
 
 
 @contextmanager

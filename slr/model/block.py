@@ -5,8 +5,10 @@ Book: chapter 5.
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ from slr.model import distributed
 from slr.model.calibrate import BlockInputs, observe
 from slr.model.heldout import HeldOut
 from slr.model.recipe import Recipe
+from slr.model.streams import look, stages
+from slr.model.tuning import tune_block
 
 __all__ = [
     "Errors", "LayerReport", "compress_block", "compress_layer", "measure", "report",
@@ -44,8 +48,8 @@ class LayerReport(NamedTuple):
     `error` is ‖W - S - B A‖_F / ‖W‖_F and `pruned_error` the same of what pruning left, weights
     that it moved included;
     `output_error` is ‖(W - S - B A) X‖_F / ‖W X‖_F on the calibration text, if the recipe needed
-    the second moments of X; `rank` is 0 without a repair; `kept` counts the entries of S;
-    `seconds` is wall time.
+    the second moments of X, and with ``asymmetric`` what was aimed at stands for W; `rank` is 0
+    without a repair; `kept` counts the entries of S; `seconds` is wall time.
     """
 
     name: str
@@ -108,6 +112,7 @@ def compress_block(
     seed: int = 0,
     bar: tqdm | None = None,
     held: HeldOut | None = None,
+    tune: int = 0,
 ) -> list[LayerReport]:
     """Compress one decoder block in place: each linear in `plan` becomes `SLRLinear`.
 
@@ -121,39 +126,62 @@ def compress_block(
         bar: to advance.
         held: held-out windows, taken through the block as it was, as pruning left it, and as it is
             now.
+        tune: passes of :func:`slr.model.tuning.tune_block` afterwards, which `inputs` is for.
 
     Returns:
         One :class:`LayerReport` for each layer.
     """
     linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear) and k in plan}
-    known = _look(index, block, linears, plan, inputs)
-    reports: list[LayerReport] = []
+    numbers = {inner: number for number, inner in enumerate(linears)}
+    beside = inputs is not None and inputs.dense is not None
+    dense = copy.deepcopy(block) if beside else block
+    reports: dict[str, LayerReport] = {}
     layers: dict[str, SLRLinear] = {}
     pruned: dict[str, Tensor] = {}
-    for number, (inner, linear) in enumerate(linears.items()):
-        started = time.perf_counter()
-        full, recipe = f"{name}.{inner}", plan[inner]
-        refined, errors, left = _shared(
-            full, linear, recipe, known.pop(inner, None), seed + number, number
-        )
-        bias = None if linear.bias is None else linear.bias.data
-        layer = SLRLinear.from_refined(refined, bias, pattern=recipe.pattern)
-        if held is None:
-            block.set_submodule(inner, layer)
-        else:  # the block is wanted in three forms
-            layers[inner] = layer
-            if left is not None:
+    for known in _looks(index, block, dense, linears, plan, inputs):
+        made = {}
+        for inner in list(known):
+            started = time.perf_counter()
+            full, recipe, linear = f"{name}.{inner}", plan[inner], linears[inner]
+            refined, errors, left = _shared(
+                full, linear, recipe, known.pop(inner), seed + numbers[inner], numbers[inner]
+            )
+            bias = None if linear.bias is None else linear.bias.data
+            layer = SLRLinear.from_refined(refined, bias, pattern=recipe.pattern)
+            made[inner] = layer
+            if held is None and not beside:
+                block.set_submodule(inner, layer)
+            elif held is not None and left is not None:
                 pruned[inner] = left
-        reports.append(report(full, layer, errors, time.perf_counter() - started))
-        if bar is not None:
-            bar.update()
+            reports[inner] = report(full, layer, errors, time.perf_counter() - started)
+            if bar is not None:
+                bar.update()
+        layers |= made
+        if beside:
+            _put(block, made)
+    if held is not None:  # the block is wanted in three forms
+        held.advance("dense", index, dense)
+        held.pruned(index, dense, pruned)
+        _put(block, layers)
+    if tune and inputs is not None:
+        tune_block(block, index, inputs, tune)
+        reports = {k: _tuned(told, block, dense, k) for k, told in reports.items()}
     if held is not None:
-        held.advance("dense", index, block)
-        held.pruned(index, block, pruned)
-        for inner, layer in layers.items():
-            block.set_submodule(inner, layer)
         held.advance("result", index, block)
-    return reports
+    return [reports[inner] for inner in linears]
+
+
+def _put(block: nn.Module, layers: dict[str, SLRLinear]) -> None:
+    for inner, layer in layers.items():
+        block.set_submodule(inner, layer)
+
+
+def _tuned(told: LayerReport, block: nn.Module, dense: nn.Module, inner: str) -> LayerReport:
+    """The report of a layer after it was tuned: the block's outputs were, not the layer's."""
+    layer, weight = block.get_submodule(inner), dense.get_parameter(f"{inner}.weight").float()
+    assert isinstance(layer, SLRLinear)
+    error = relative(float((weight - layer.dense().float()).norm()), float(weight.norm()))
+    return told._replace(error=error, output_error=None)
 
 
 def report(name: str, layer: SLRLinear, errors: Errors, seconds: float) -> LayerReport:
@@ -163,6 +191,26 @@ def report(name: str, layer: SLRLinear, errors: Errors, seconds: float) -> Layer
         name, shape, None if pattern is None else str(pattern), layer.rank, layer.values.numel(),
         layer.bias is not None, *errors, seconds,
     )  # fmt: skip
+
+
+def _looks(
+    index: int, block: nn.Module, dense: nn.Module, linears: dict[str, nn.Linear],
+    plan: dict[str, Recipe], inputs: BlockInputs | None,
+) -> Iterator[dict[str, Known | None]]:  # fmt: skip
+    """What the layers' recipes need to know, of those that are to be compressed next."""
+    if not any(getattr(recipe.refine, "asymmetric", False) for recipe in plan.values()):
+        known = _look(index, block, linears, plan, inputs)
+        yield {inner: known.pop(inner, None) for inner in linears}
+        if inputs is not None:
+            inputs.advance_dense(index, dense)
+        return
+    assert inputs is not None
+    wanted = [s for s in stages(dense, index, inputs) if set(s.names) & set(linears)]
+    for stage in wanted:
+        known = look(stage, block, dense, index, inputs, last=stage is wanted[-1])
+        yield {inner: known[inner] for inner in stage.names if inner in linears}
+    if not wanted:
+        inputs.advance_dense(index, dense)
 
 
 def _look(
@@ -223,7 +271,7 @@ def measure(weight: Tensor, made: Compressed, known: Known | None = None) -> Err
 
     Args:
         weight: W, (m, n).
-        made: S + B A, and what pruning left.
+        made: S + B A, what pruning left, and what was aimed at.
         known: with ``gram``, for the error of the outputs.
 
     Cost: a few passes; with ``gram`` 4 m n² FLOPs.
@@ -239,7 +287,9 @@ def measure(weight: Tensor, made: Compressed, known: Known | None = None) -> Err
         pruned += float(left.square().sum(dtype=torch.float64))
         rest += float(E.square().sum(dtype=torch.float64))
         if gram is not None:
-            signal += float(((W @ gram) * W).sum(dtype=torch.float64))
+            T = made.target[rows].float()
+            E += T - W
+            signal += float(((T @ gram) * T).sum(dtype=torch.float64))
             noise += float(((E @ gram) * E).sum(dtype=torch.float64))
     output = None if gram is None else relative(max(0.0, noise), signal) ** 0.5
     return Errors(relative(pruned, whole) ** 0.5, relative(rest, whole) ** 0.5, output)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,14 @@ class BlockInputs:
             in its dtype.
         rows: windows that run at once.
         arguments: what else the model passes to each block (mask, positions, rotary table), by
-            the number of windows in a batch; the windows have no padding, so it is the same.
+            the number of windows in a batch, 1 among them; the windows have no padding, so it is
+            the same.
         to_end: whether the outputs of the last block are wanted.
+        dense: the same of the dense model, where a recipe asks what that puts out.
         seconds: spent running blocks, so far.
     """
+
+    dense: Tensor | None = None
 
     def __init__(
         self, hidden: Tensor, rows: int, arguments: dict[int, list[dict]], to_end: bool = False
@@ -54,22 +58,42 @@ class BlockInputs:
         self.hidden, self.rows, self.arguments, self.to_end = hidden, rows, arguments, to_end
         self.seconds = 0.0
 
+    def beside(self, folder: Path | None = None) -> BlockInputs:
+        """The same with a second stream, the dense model's; `folder` as for `first_inputs`."""
+        self.dense = _room(self.hidden.shape, self.hidden.dtype, folder).copy_(self.hidden)
+        return self
+
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the inputs of block `index` by its outputs, if they are of use to anybody."""
         if self.to_end or index + 1 < len(next(iter(self.arguments.values()))):
             self.run(index, block, keep=True)
 
-    @torch.no_grad()
+    def advance_dense(self, index: int, block: nn.Module) -> None:
+        """The same of the dense model's, by its block; nothing if there are none."""
+        if self.dense is not None:
+            self._run(self.dense, index, block, keep=True)
+
     def run(self, index: int, block: nn.Module, keep: bool) -> None:
         """Run block `index` on all windows; with `keep` its outputs replace the inputs."""
-        started = time.perf_counter()
+        self._run(self.hidden, index, block, keep)
+
+    @torch.no_grad()
+    def _run(self, hidden: Tensor, index: int, block: nn.Module, keep: bool) -> None:
         device = next(block.parameters()).device
-        with computing(block, self.hidden.dtype):
-            for batch in self.hidden.split(self.rows):
+        with self.timed(), computing(block, hidden.dtype):
+            for batch in hidden.split(self.rows):
                 out = block(batch.to(device), **self.arguments[len(batch)][index])
                 if keep:
                     batch.copy_(out)
-        self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """While open, blocks run: the time counts as such."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def rows_at_once(config, seqlen: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -149,11 +173,10 @@ def first_inputs(
             for module in model.modules():  # OPT may project its embeddings
                 if isinstance(module, nn.Linear) and id(module) not in passed:
                     stack.enter_context(computing(module, dtype))
-            for ids in windows.split(rows):
-                try:
+            for first, ids in enumerate((windows[:1], *windows.split(rows))):
+                with suppress(_StopForward):
                     model(input_ids=ids.to(device), use_cache=False)
-                except _StopForward:
-                    done += len(ids)
+                done += len(ids) if first else 0
     finally:
         widen.remove()
     return BlockInputs(hidden, rows, arguments, to_end)

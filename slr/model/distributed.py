@@ -22,13 +22,15 @@ from slr.matrix.result import Refined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from slr.matrix.statistics import GramStatistic, NormStatistic
+    from slr.matrix.statistics import CrossStatistic, GramStatistic, NormStatistic
 
 __all__ = [
     "all_reduce",
     "alone",
+    "average",
     "barrier",
     "first",
+    "least",
     "mine",
     "rank",
     "share",
@@ -105,10 +107,29 @@ def shared(windows: Tensor, each: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.stack(boxes).sum(0)
 
 
-def all_reduce(statistic: NormStatistic | GramStatistic) -> None:
+def all_reduce(statistic: NormStatistic | GramStatistic | CrossStatistic) -> None:
     """Sum a statistic over all ranks, in place."""
     if _on():
         statistic.all_reduce()
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace tensors, that each rank has its own of, by their mean over the ranks."""
+    if world() > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        pieces = flat.div_(world()).split([tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def least(count: int) -> int:
+    """The least of all ranks' counts."""
+    if world() == 1:
+        return count
+    boxes: list = [None] * world()
+    dist.all_gather_object(boxes, count)
+    return min(boxes)
 
 
 def share(

@@ -24,9 +24,17 @@ PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}
 # Options of the steps, which are given flat; `group` is the pattern's.
 STEPS = ("prune", "pattern", "refine")
 OPTIONS = (
-    "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask",
+    "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask", "asymmetric",
 )  # fmt: skip
-WHOLE = ("prepare", "samples", "seqlen", "seed", "skip", "overrides")  # not of single layers
+WHOLE = (
+    "prepare",
+    "tune",
+    "samples",
+    "seqlen",
+    "seed",
+    "skip",
+    "overrides",
+)  # not of single layers
 
 
 class Recipe:
@@ -44,7 +52,7 @@ class Recipe:
             (``"diagonal"``) or on the layer's outputs, by the Hessian (``"activations"``); one
             shot, ``"svd"`` of the weights or ``"eora"`` of the outputs; ``"pcp"``, principal
             component pursuit; or ``"none"``.  When ``None``, the best for what is read anyway:
-            ``"activations"`` with ``update_mask="admm"`` after a pruner that reads data, else
+            ``"activations"``, asymmetric and with ADMM's mask, after a pruner that reads data, else
             ``"weights"`` with the accelerated schedule.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
@@ -55,8 +63,12 @@ class Recipe:
             it; 0 by default.  Not for the paper's schedule, whose ramp has to be run to its end.
         update_mask: with ``refine="activations"``: choose the mask anew, ``"admm"`` or, by a
             score, ``True``.
+        asymmetric: with ``refine="activations"``: ask each layer for what the dense model puts
+            out there, so that it makes up for the layers before it (:mod:`slr.model.streams`).
         prepare: ``"induction"`` first rescales each block so that it prunes better
             (:mod:`slr.methods.induction`), or ``"none"``.
+        tune: passes over the calibration windows in which each block, compressed, learns to put
+            out what the dense model does (:mod:`slr.model.tuning`); 0, none, by default.
         samples: calibration windows, for methods that look at data; when ``None``
             :data:`slr.model.data.SAMPLES`, or all that there are.
         seqlen: tokens in each; the model's longest context, 1024 at most, when ``None``.
@@ -92,6 +104,7 @@ class Recipe:
     pattern: Pattern
     refine: Repair | NoRepair
     prepare: str
+    tune: int
     samples: int | None
     seqlen: int | None
     seed: int
@@ -111,7 +124,9 @@ class Recipe:
         schedule: str | None = None,
         tolerance: float | None = None,
         update_mask: bool | str | None = None,
+        asymmetric: bool | None = None,
         prepare: str = "none",
+        tune: int = 0,
         samples: int | None = None,
         seqlen: int | None = None,
         seed: int = 0,
@@ -130,15 +145,17 @@ class Recipe:
             raise ValueError(
                 f"prepare {prepare!r} is unknown; it must be one of {', '.join(PREPARATIONS)}"
             )
+        if tune != 0:
+            check_count("tune", tune)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an integer")
-        given = (rank, rank_ratio, iterations, schedule, tolerance, update_mask)
+        given = (rank, rank_ratio, iterations, schedule, tolerance, update_mask, asymmetric)
         options = {k: v for k, v in zip(OPTIONS, given, strict=True) if v is not None}
         self._set(
             prune=(pruner := step_of("prune", prune, PRUNERS, {})),
             pattern=parse(pattern, group),
             refine=_repair(pruner, refine, options),
-            prepare=prepare, seed=seed, skip=tuple(skip),
+            prepare=prepare, tune=tune, seed=seed, skip=tuple(skip),
             overrides={name: _plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
         self._check_kept()
@@ -169,7 +186,8 @@ class Recipe:
         return hash((self.prune, self.pattern, self.refine, self.seed))
 
     def __repr__(self) -> str:
-        told = {k: v for k, v in self.as_dict().items() if v not in (None, [], {}, "none")}
+        told = {k: v for k, v in self.as_dict().items() if v not in (None, [], {}, "none", False)}
+        told["seed"] = self.seed
         return f"Recipe({', '.join(f'{k}={v!r}' for k, v in told.items())})"
 
     @classmethod
@@ -244,7 +262,7 @@ class Recipe:
             name: {k: v for k, v in options.items() if k in ("prune", "pattern", "group")}
             for name, options in self.overrides.items()
         }
-        return self._with(refine=NoRepair(), overrides=overrides)
+        return self._with(refine=NoRepair(), tune=0, overrides=overrides)
 
     @property
     def keeps_weights(self) -> bool:
@@ -292,9 +310,16 @@ class Recipe:
         return None
 
     @property
+    def follows_dense(self) -> bool:
+        """Whether it is asked what the dense model puts out, behind a layer or a block."""
+        return bool(self.tune) or any(
+            getattr(each.refine, "asymmetric", False) for each in self.variants()
+        )
+
+    @property
     def needs_data(self) -> bool:
         """Whether the model has to be run on calibration windows."""
-        return self.statistic is not None or self.prepare != "none"
+        return self.statistic is not None or self.prepare != "none" or bool(self.tune)
 
     def as_dict(self) -> dict:
         """Plain values, for JSON and YAML: what ``Recipe(**…)`` takes, without what has no effect.
@@ -304,14 +329,20 @@ class Recipe:
         """
         told: dict[str, Any] = {"prune": str(self.prune), "pattern": str(self.pattern)}
         told |= {"refine": str(self.refine), **self.refine.options(), "prepare": self.prepare}
-        told |= {"samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
+        told |= {
+            "tune": self.tune,
+            "samples": self.samples,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+        }
         return {**told, "skip": list(self.skip), "overrides": self.overrides}
 
 
 def _repair(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:
     """The repair that is asked for, or the best for what is read anyway."""
     if refine is None and pruner.needs is not None:
-        refine, options = "activations", {"update_mask": "admm", **options}
+        best = {"update_mask": "admm", "asymmetric": True}
+        refine, options = "activations", {**best, **options}
     elif refine is None:
         refine, options = "weights", {"schedule": "accelerated", **options}
     return step_of("refine", refine, REPAIRS, options)

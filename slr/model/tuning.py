@@ -1,0 +1,164 @@
+"""Tune a compressed block: its kept weights, factors and norms, to the dense block's outputs.
+
+Each layer was compressed on its own, for its own outputs.  Here the whole block learns, by Adam on
+the calibration windows, to put out what the dense model does behind the same block; the mask stays.
+Some windows are held out, and what serves them best is kept, so that no block leaves worse than it
+came.
+
+Book: chapter 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from slr.layer.linear import SLRLinear
+from slr.matrix.result import Refined
+from slr.model import distributed
+from slr.model.calibrate import BlockInputs
+
+__all__ = ["tune_block"]
+
+RATE = 1e-3  # of Adam, for values of the size that weights of language models have
+DECAY = (0.9, 0.95)
+WARM = 8  # steps until the rate is reached; from there it falls to a tenth by a cosine
+HELD = 8  # one window of so many is held out
+
+
+class _Tuned(nn.Module):
+    """An :class:`SLRLinear` whose parts are trained, in float32, as one dense matrix is used."""
+
+    mask: Tensor
+
+    def __init__(self, layer: SLRLinear) -> None:
+        super().__init__()
+        self.pattern = layer.pattern
+        self.register_buffer("mask", layer.mask.clone())
+        self.S = nn.Parameter(layer.weight.detach().clone().float())
+        self.B = nn.Parameter(layer.B.detach().clone().float())
+        self.A = nn.Parameter(layer.A.detach().clone().float())
+        self.bias = (
+            None if layer.bias is None else nn.Parameter(layer.bias.detach().clone().float())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.addmm(self.S * self.mask, self.B, self.A)
+        return linear(x, weight, self.bias)
+
+    def layer(self, dtype: torch.dtype) -> SLRLinear:
+        """What was learnt, packed."""
+        parts = (self.S.data * self.mask, self.B.data, self.A.data)
+        S, B, A = (part.to(dtype) for part in parts)
+        bias = None if self.bias is None else self.bias.data.to(dtype)
+        refined = Refined(S, B, A, (), self.mask)
+        return SLRLinear.from_refined(refined, bias, pattern=self.pattern)
+
+
+def tune_block(block: nn.Module, index: int, inputs: BlockInputs, passes: int) -> list[float]:
+    """Tune a block in place.
+
+    Args:
+        block: with its compressed layers; dense ones in it stay as they are.
+        index: its number.
+        inputs: of the block, and in :attr:`BlockInputs.dense` the *outputs* of the dense one.
+        passes: over the calibration windows that are not held out, one window a step.
+
+    Returns:
+        The mean relative error of the outputs on the held-out windows before, and after each pass;
+        what is left in the block is the best of them.
+
+    Cost: a pass is three forward passes of the block over the windows, in float32 or, where blocks
+        are run in 16 bits, under autocast.  Memory: five float32 copies of the block's weights,
+        and what a backward pass of one window needs.
+
+    Source: transformer matching of 3BASiL (Makni et al. 2025); ours are that the dense model's own
+        outputs are the target, the error relative to each token's size, and the stop.
+    """
+    assert inputs.dense is not None
+    count = distributed.least(len(inputs.hidden))
+    held = max(1, count // HELD) if count > 1 else 0
+    with _trainable(block) as parameters, torch.enable_grad():
+        optimiser = torch.optim.Adam(parameters, lr=RATE, betas=DECAY)
+        steps = passes * (count - held)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+        watched = range(count - held, count) if held else range(count)
+        trace = [_error(block, index, inputs, watched)]
+        best = [p.detach().clone() for p in parameters]
+        generator = torch.Generator().manual_seed(index)
+        for _ in range(passes):
+            for window in torch.randperm(count - held, generator=generator).tolist():
+                optimiser.zero_grad()
+                _loss(block, index, inputs, window).backward()
+                distributed.average([p.grad for p in parameters if p.grad is not None])
+                optimiser.step()
+                rates.step()
+            trace.append(_error(block, index, inputs, watched))
+            if trace[-1] == min(trace):
+                best = [p.detach().clone() for p in parameters]
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.data = value
+    return trace
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the rate at a step."""
+    warm = min(1.0, (step + 1) / WARM)
+    return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
+
+
+@contextmanager
+def _trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """While open, the compressed layers and all that is no linear layer have float32 parameters."""
+    layers = {name: m for name, m in block.named_modules() if isinstance(m, SLRLinear)}
+    were: dict[nn.Parameter, tuple[torch.dtype, bool]] = {}
+    kinds = {name: layer.values.dtype for name, layer in layers.items()}
+    for name, layer in layers.items():
+        block.set_submodule(name, _Tuned(layer))
+    for module in block.modules():
+        for parameter in module.parameters(recurse=False):
+            were[parameter] = parameter.dtype, parameter.requires_grad
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(not isinstance(module, nn.Linear))
+    try:
+        yield [p for p in were if p.requires_grad]
+    finally:
+        for parameter, (dtype, trained) in were.items():
+            parameter.grad = None
+            parameter.requires_grad_(trained)
+            parameter.data = parameter.data.to(dtype)
+        for name, dtype in kinds.items():
+            tuned = block.get_submodule(name)
+            assert isinstance(tuned, _Tuned)
+            block.set_submodule(name, tuned.layer(dtype))
+
+
+def _loss(block: nn.Module, index: int, inputs: BlockInputs, window: int) -> Tensor:
+    """The mean over tokens of the squared error of the outputs, relative to each token's size.
+
+    What reads the outputs divides by their size, and that of a few tokens is a thousandfold.
+    """
+    assert inputs.dense is not None
+    device = next(block.parameters()).device
+    rows = slice(window, window + 1)
+    states, wanted = inputs.hidden[rows].to(device).float(), inputs.dense[rows].to(device).float()
+    narrow = inputs.hidden.dtype
+    with torch.autocast(device.type, narrow, enabled=narrow.itemsize < 4):
+        out = block(states, **inputs.arguments[1][index])
+    return (
+        (out.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)
+    ).mean()
+
+
+@torch.no_grad()
+def _error(block: nn.Module, index: int, inputs: BlockInputs, windows: range) -> float:
+    """The mean loss over some windows, of all processes."""
+    losses = [_loss(block, index, inputs, window) for window in windows]
+    mean = torch.stack(losses).mean()
+    distributed.average([mean])
+    return float(mean)
