@@ -101,11 +101,10 @@ def compress(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
         iterations=iterations, schedule=schedule, tolerance=tolerance,
         update_mask=opt.mask_anew(update_mask, admm), asymmetric=asymmetric, tune=tune,
-        skip=skip, samples=samples, seqlen=seqlen,
-        overrides=dict(map(opt.parse_override, override or [])) or None, seed=seed,
+        skip=skip, samples=samples, seqlen=seqlen, seed=seed,
+        overrides=dict(map(opt.parse_override, override or [])) or None,
     )  # fmt: skip
-    system = opt.given(budget=budget, steps=steps)
-    recipe = opt.recipe_of(method, system, options, config, preset)
+    recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config, preset)
     where, source = opt.device_of(device), _folder(model)
     say(f"{model} -> {out}: {reports.told(recipe)}, on {where}")
     alone = isinstance(recipe, Recipe) and distributed.alone()[1] == 1
@@ -125,9 +124,7 @@ def compress(
     )  # fmt: skip
     if distributed.rank() == 0:
         times = {"seconds": time.perf_counter() - started, **stages}
-        sizes = {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)}
-        measured = (about(out) or {}).get("measured")
-        reports.report(layers, times, sizes, measured, json_output)
+        reports.report(layers, times, source, out, json_output)
 
 
 def _folder(model: str) -> Path:

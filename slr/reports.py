@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from slr.checkpoint.cards import far
 from slr.checkpoint.estimates import Estimate
-from slr.checkpoint.sizes import Summary
+from slr.checkpoint.folder import about
+from slr.checkpoint.sizes import Summary, megabytes
 from slr.console import as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
@@ -36,10 +39,10 @@ def told(recipe: Recipe | System) -> str:
     return f"{before}{recipe.prune} {recipe.pattern}, {after}"
 
 
-def report(
-    layers: list, times: dict, sizes: dict, measured: dict | None, json_output: bool
-) -> None:
-    """What a compression did."""
+def report(layers: list, times: dict, source: Path, out: Path, json_output: bool) -> None:
+    """What a compression of a folder did."""
+    sizes = {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)}
+    measured = (about(out) or {}).get("measured")
     kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
     mean = {key: kinds[key] for key in ("pruned_error", "error")}
     if json_output:

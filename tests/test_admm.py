@@ -123,7 +123,9 @@ def test_the_recipe_does_it(update_mask, search):
 
 
 def test_the_recipe_holds_it():
-    recipe = Recipe("wanda", "2:4", refine="activations", update_mask="admm", rank=4)
+    recipe = Recipe(
+        "wanda", "2:4", refine="activations", update_mask="admm", rank=4, asymmetric=True
+    )
     assert Recipe(**recipe.as_dict()) == recipe
     assert not recipe.keeps_weights
     assert Recipe("wanda", rank=4) == recipe

@@ -497,13 +497,15 @@ def test_lm_eval_scores_all_forms_alike(small, tmp_path):
         tasks(forms["slr"], tokenizer, ["letters"], **options)
 
 
-def test_two_ranks_give_what_one_gives(small, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--asymmetric"]])
+def test_two_ranks_give_what_one_gives(small, tmp_path, options):
     slr.load(small, dtype=torch.float32).save_pretrained(tmp_path / "source")
     for file in small.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "source")
-    slr.compress(tmp_path / "source", slr.Recipe(**{**DATA, "samples": 4}), out=tmp_path / "one")
+    recipe = slr.Recipe(**{**DATA, "samples": 4}, asymmetric=bool(options))
+    slr.compress(tmp_path / "source", recipe, out=tmp_path / "one")
     args = command(tmp_path / "source", tmp_path / "two", **{**DATA, "samples": 4})[1:]
-    done = subprocess.run([*TORCHRUN, *args], capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, *args, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = slr.load(tmp_path / "one"), slr.load(tmp_path / "two")
     for (name, a), b in zip(one.named_modules(), two.modules(), strict=True):
@@ -514,6 +516,20 @@ def test_two_ranks_give_what_one_gives(small, tmp_path):
             same = (a.mask == b.mask).all(1)
             apart = (a.dense() - b.dense())[same].norm() / a.dense().norm()
             assert float(apart) <= (1e-4 if same.all() else 1e-2), name
+
+
+def test_two_ranks_tune_together(small, tmp_path):
+    """One window more on one of them; the windows are other steps than those of one process."""
+    recipe = {**DATA, "samples": 5, "tune": 1}
+    args = command(small, tmp_path / "two", **recipe)[1:]
+    done = subprocess.run([*TORCHRUN, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    slr.compress(small, slr.Recipe(**{**recipe, "tune": 0}), out=tmp_path / "none")
+    both = [slr.load(tmp_path / name, dtype=torch.float32) for name in ("two", "none")]
+    layers = [[m for m in model.modules() if isinstance(m, slr.SLRLinear)] for model in both]
+    for tuned, plain in zip(*layers, strict=True):
+        assert not torch.equal(tuned.B, plain.B)
+        assert float((tuned.dense() - plain.dense()).norm()) < 0.5 * float(plain.dense().norm())
 
 
 def test_an_error_on_one_rank_stops_all(small, tmp_path):

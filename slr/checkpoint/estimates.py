@@ -8,6 +8,7 @@ Book: chapter 9.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +26,7 @@ from slr.model.arithmetic import compute_dtype
 from slr.model.block import compress_layer, measure
 from slr.model.calibrate import BlockInputs, first_inputs, observe
 from slr.model.recipe import Recipe
+from slr.model.streams import look, stages
 
 __all__ = ["Estimate", "estimate"]
 
@@ -76,13 +78,22 @@ def estimate(work: Prospect) -> Estimate:
     once = 1 if inputs is None else len(inputs.hidden)
     chains = 0 if work.held is None else 3
     head = running * _head(work)
-    passes = count * (observing + running) + chains * held * (running + head / blocks)
+    # A step of tuning is a run forwards and two backwards.
+    passes = count * (observing + running * (1 + 3 * recipe.tune)) + chains * held * (
+        running + head / blocks
+    )
     seconds = blocks * (2 * reading + layers + passes / once)
     stream.empty(block)
     hidden = 0
     if some is not None:
-        hidden = (count + (chains + 1) * held) * some.shape[1] * stream.config.hidden_size
+        hidden = (
+            (count * (1 + recipe.follows_dense) + (chains + 1) * held)
+            * some.shape[1]
+            * stream.config.hidden_size
+        )
     peak = psutil.Process().memory_info().rss + _largest(work)
+    if recipe.tune:  # the weights, their gradients and what Adam knows
+        peak += 20 * sum(p.numel() for p in block.parameters())
     return Estimate(seconds, peak + hidden * dtype.itemsize, bytes_after(stream, work.plan))
 
 
@@ -94,19 +105,31 @@ def _run(
     assert isinstance(recipe, Recipe)
     if inputs is None:
         return 0.0, 0.0, {}
-    kind = recipe.statistic
     inputs.run(0, block, keep=False)  # the first run is slower
     started = inputs.seconds
     inputs.run(0, block, keep=False)
-    running, observing, known = inputs.seconds - started, 0.0, {}
-    if work.windows is not None and kind is not None:
-        linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear)}
-        started = inputs.seconds
-        with observe(linears, kind) as found:
-            inputs.run(0, block, keep=False)
-        observing = inputs.seconds - started
-        known = {layer: Known.of(statistic) for layer, statistic in found.items()}
-    return observing, running, known
+    running = inputs.seconds - started
+    if work.windows is None or recipe.statistic is None:
+        return 0.0, running, {}
+    started = inputs.seconds
+    known = _learn(block, recipe, inputs)
+    return inputs.seconds - started, running, known
+
+
+def _learn(block: nn.Module, recipe: Recipe, inputs: BlockInputs) -> dict[str, Known]:
+    """What is known of the inputs of the block's layers, learnt as the recipe will learn it."""
+    kind, known = recipe.statistic, dict[str, Known]()
+    assert kind is not None
+    if any(getattr(each.refine, "asymmetric", False) for each in recipe.variants()):
+        twin = copy.deepcopy(block)
+        found = stages(twin, 0, inputs.beside())
+        for stage in found:
+            known |= look(stage, block, twin, 0, inputs, last=stage is found[-1])
+        return known
+    linears = {k: m for k, m in block.named_modules() if isinstance(m, nn.Linear)}
+    with observe(linears, kind) as statistics:
+        inputs.run(0, block, keep=False)
+    return {layer: Known.of(statistic) for layer, statistic in statistics.items()}
 
 
 def _layers(work: Prospect, block: nn.Module, known: dict[str, Known]) -> float:

@@ -16,13 +16,13 @@ from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.pruners import PRUNERS, Pruner, named, options_of, step_of
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
+from slr.model.choices import STEPS, plain, regrouped, repair_of
 
 __all__ = ["PRESETS", "Recipe"]
 
 PREPARATIONS = ("none", "induction")
 PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}}
 # Options of the steps, which are given flat; `group` is the pattern's.
-STEPS = ("prune", "pattern", "refine")
 OPTIONS = (
     "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask", "asymmetric",
 )  # fmt: skip
@@ -154,9 +154,9 @@ class Recipe:
         self._set(
             prune=(pruner := step_of("prune", prune, PRUNERS, {})),
             pattern=parse(pattern, group),
-            refine=_repair(pruner, refine, options),
+            refine=repair_of(pruner, refine, options),
             prepare=prepare, tune=tune, seed=seed, skip=tuple(skip),
-            overrides={name: _plain(wanted) for name, wanted in overrides.items()},
+            overrides={name: plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
         self._check_kept()
         self.variants()  # all overrides are looked at
@@ -199,7 +199,7 @@ class Recipe:
         """
         known = {f"{k}": options.pop(k) for k in STEPS if k in options}
         pruner = step_of("prune", known.get("prune", "wanda"), PRUNERS, {})
-        refine = type(_repair(pruner, known.get("refine"), {}))
+        refine = type(repair_of(pruner, known.get("refine"), {}))
         fit = options_of(refine)
         if options.get("schedule", "paper") == "paper":
             fit -= {"tolerance"} if "schedule" in fit else set()
@@ -294,7 +294,7 @@ class Recipe:
                 kept = {k: v for k, v in kept.items() if k not in ("rank", "rank_ratio")}
             return self._with(
                 prune=step_of("prune", options.get("prune", self.prune), PRUNERS, {}),
-                pattern=_regrouped(options.get("pattern", self.pattern), options.get("group")),
+                pattern=regrouped(options.get("pattern", self.pattern), options.get("group")),
                 refine=step_of("refine", refine, REPAIRS, {**kept, **wanted}),
             )._check_kept()
         except (TypeError, ValueError) as error:
@@ -336,30 +336,3 @@ class Recipe:
             "seed": self.seed,
         }
         return {**told, "skip": list(self.skip), "overrides": self.overrides}
-
-
-def _repair(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:
-    """The repair that is asked for, or the best for what is read anyway."""
-    if refine is None and pruner.needs is not None:
-        best = {"update_mask": "admm", "asymmetric": True}
-        refine, options = "activations", {**best, **options}
-    elif refine is None:
-        refine, options = "weights", {"schedule": "accelerated", **options}
-    return step_of("refine", refine, REPAIRS, options)
-
-
-def _plain(options: Mapping) -> dict:
-    """The options of an override without objects: their names and what they hold."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Pruner | Repair | NoRepair):
-            found |= {k: v for k, v in value.options().items() if v is not None}
-        found[name] = str(value) if name in STEPS else value
-    return found
-
-
-def _regrouped(pattern: Any, group: str | None) -> Pattern:
-    """A pattern, of another group if one is given."""
-    if group is not None and isinstance(pattern, Unstructured):
-        pattern = pattern.sparsity
-    return parse(pattern, group)

@@ -1,0 +1,44 @@
+"""What the names and options of a recipe become.
+
+Book: chapter 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slr.matrix.patterns import Pattern, Unstructured, parse
+from slr.matrix.pruners import Pruner, step_of
+from slr.matrix.steps import REPAIRS, NoRepair, Repair
+
+__all__ = ["STEPS", "plain", "regrouped", "repair_of"]
+
+STEPS = ("prune", "pattern", "refine")
+
+
+def repair_of(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:
+    """The repair that is asked for, or the best for what is read anyway."""
+    if refine is None and pruner.needs is not None:
+        best = {"update_mask": "admm", "asymmetric": True}
+        refine, options = "activations", {**best, **options}
+    elif refine is None:
+        refine, options = "weights", {"schedule": "accelerated", **options}
+    return step_of("refine", refine, REPAIRS, options)
+
+
+def plain(options: Mapping) -> dict:
+    """The options of an override without objects: their names and what they hold."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Pruner | Repair | NoRepair):
+            found |= {k: v for k, v in value.options().items() if v is not None}
+        found[name] = str(value) if name in STEPS else value
+    return found
+
+
+def regrouped(pattern: Any, group: str | None) -> Pattern:
+    """A pattern, of another group if one is given."""
+    if group is not None and isinstance(pattern, Unstructured):
+        pattern = pattern.sparsity
+    return parse(pattern, group)
