@@ -18,7 +18,7 @@ def test_every_measurement_has_a_command_a_date_and_versions(file):
     if "what" in found:  # a cell of `slr reproduce`
         found = {"command": "python benchmarks/", **found["about"]}
         assert found["commit"]
-    assert found["command"].startswith("python benchmarks/")
+    assert found["command"].startswith(("python benchmarks/", "slr "))
     assert found["date"] >= "2026-11-01"
     assert found.get("versions") or found.get("torch")
 
