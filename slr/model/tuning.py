@@ -53,8 +53,7 @@ class _Tuned(nn.Module):
 
     def layer(self, dtype: torch.dtype) -> SLRLinear:
         """What was learnt, packed."""
-        parts = (self.S.data * self.mask, self.B.data, self.A.data)
-        S, B, A = (part.to(dtype) for part in parts)
+        S, B, A = (part.data.to(dtype) for part in (self.S, self.B, self.A))
         bias = None if self.bias is None else self.bias.data.to(dtype)
         refined = Refined(S, B, A, (), self.mask)
         return SLRLinear.from_refined(refined, bias, pattern=self.pattern)
