@@ -146,7 +146,9 @@ def test_the_dense_model_is_followed_more_closely(options, text):
     assert errors["more"] < 0.95 * errors["plain"]
 
 
-@pytest.mark.parametrize("options", [{}, {"tune": 1}, {"refine": "weights", "tune": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tune": 1}, {"refine": "weights", "tune": 1}, {"prepare": "induction"}]
+)
 def test_stopped_it_ends_with_the_same_files(small, tmp_path, options):
     recipe = {**BEST, **options}
     slr.compress(small, slr.Recipe(**recipe), out=tmp_path / "calm")

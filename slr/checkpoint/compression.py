@@ -174,9 +174,11 @@ def _blocks(
         if files[name] not in journal:
             stream.fill(name, block)
         elif inputs is not None:  # its outputs are wanted
-            if inputs.dense is not None:
+            if inputs.dense is not None:  # which the block went through as it was prepared
+                index = list(files).index(name)
                 stream.fill(name, block)
-                inputs.advance_dense(int(name.rpartition(".")[2]), block)
+                prepare_block(block, index, recipe, inputs)
+                inputs.advance_dense(index, block)
             take(stream, name, block, journal.folder / files[name], done(name))
 
     behind = False  # the held-out windows, of a run that goes on
