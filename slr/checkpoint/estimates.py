@@ -79,18 +79,14 @@ def estimate(work: Prospect) -> Estimate:
     chains = 0 if work.held is None else 3
     head = running * _head(work)
     # A step of tuning is a run forwards and two backwards.
-    passes = count * (observing + running * (1 + 3 * recipe.tune)) + chains * held * (
-        running + head / blocks
-    )
+    passes = count * (observing + running * (1 + 3 * recipe.tune))
+    passes += chains * held * (running + head / blocks)
     seconds = blocks * (2 * reading + layers + passes / once)
     stream.empty(block)
     hidden = 0
     if some is not None:
-        hidden = (
-            (count * (1 + recipe.follows_dense) + (chains + 1) * held)
-            * some.shape[1]
-            * stream.config.hidden_size
-        )
+        windows = count * (1 + recipe.follows_dense) + (chains + 1) * held
+        hidden = windows * some.shape[1] * stream.config.hidden_size
     peak = psutil.Process().memory_info().rss + _largest(work)
     if recipe.tune:  # the weights, their gradients and what Adam knows
         peak += 20 * sum(p.numel() for p in block.parameters())
@@ -120,7 +116,7 @@ def _learn(block: nn.Module, recipe: Recipe, inputs: BlockInputs) -> dict[str, K
     """What is known of the inputs of the block's layers, learnt as the recipe will learn it."""
     kind, known = recipe.statistic, dict[str, Known]()
     assert kind is not None
-    if any(getattr(each.refine, "asymmetric", False) for each in recipe.variants()):
+    if recipe.asymmetric:
         twin = copy.deepcopy(block)
         found = stages(twin, 0, inputs.beside())
         for stage in found:

@@ -131,12 +131,11 @@ def measure(
         return streamed_losses(stream, windows, progress=progress), []
     if isinstance(recipe, Grid):
         grid = recipe
-        return streamed_losses(
-            stream,
-            windows,
-            progress=progress,
-            change=lambda _, __, block: round_linears(block, grid),
-        ), []
+
+        def rounded(index: int, name: str, block: nn.Module) -> None:
+            round_linears(block, grid)
+
+        return streamed_losses(stream, windows, progress=progress, change=rounded), []
     recipe = recipe.resolved(stream.config.hidden_size)
     plan = plan_layers(stream.model, recipe, stream.config.hidden_size)
     reports: list[LayerReport] = []

@@ -198,7 +198,7 @@ def _looks(
     plan: dict[str, Recipe], inputs: BlockInputs | None,
 ) -> Iterator[dict[str, Known | None]]:  # fmt: skip
     """What the layers' recipes need to know, of those that are to be compressed next."""
-    if not any(getattr(recipe.refine, "asymmetric", False) for recipe in plan.values()):
+    if not any(recipe.asymmetric for recipe in plan.values()):
         known = _look(index, block, linears, plan, inputs)
         yield {inner: known.pop(inner, None) for inner in linears}
         if inputs is not None:

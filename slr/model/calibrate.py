@@ -29,7 +29,7 @@ from slr.model.heads import instead
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockInputs", "decoder_blocks", "first_inputs", "observe", "rows_at_once"]
+__all__ = ["BlockInputs", "Reached", "decoder_blocks", "first_inputs", "observe", "rows_at_once"]
 
 IN_MEMORY = 1 << 30  # bytes of block inputs above which they are kept on disk
 ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes that a block may need beside its inputs
@@ -103,8 +103,8 @@ def rows_at_once(config, seqlen: int, device: torch.device, dtype: torch.dtype) 
     return max(1, min(8, ACTIVATIONS.get(device.type, 1 << 28) // (token * seqlen)))
 
 
-class _StopForward(Exception):  # noqa: N818
-    """Raised to leave a forward pass once the last block was reached."""
+class Reached(Exception):  # noqa: N818
+    """Raised to leave a forward pass once it has come to where something is looked at."""
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
@@ -159,7 +159,7 @@ def first_inputs(
             if len(arguments[size]) == i:
                 arguments[size].append({**kwargs, "past_key_values": None, "use_cache": False})
             if i + 1 == len(blocks):
-                raise _StopForward
+                raise Reached
             return states
 
         return forward
@@ -174,7 +174,7 @@ def first_inputs(
                 if isinstance(module, nn.Linear) and id(module) not in passed:
                     stack.enter_context(computing(module, dtype))
             for first, ids in enumerate((windows[:1], *windows.split(rows))):
-                with suppress(_StopForward):
+                with suppress(Reached):
                     model(input_ids=ids.to(device), use_cache=False)
                 done += len(ids) if first else 0
     finally:

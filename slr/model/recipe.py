@@ -26,15 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}
 OPTIONS = (
     "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask", "asymmetric",
 )  # fmt: skip
-WHOLE = (
-    "prepare",
-    "tune",
-    "samples",
-    "seqlen",
-    "seed",
-    "skip",
-    "overrides",
-)  # not of single layers
+# Not of single layers.
+WHOLE = ("prepare", "tune", "samples", "seqlen", "seed", "skip", "overrides")
 
 
 class Recipe:
@@ -310,11 +303,14 @@ class Recipe:
         return None
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether a layer is asked for what the dense model puts out there."""
+        return any(getattr(each.refine, "asymmetric", False) for each in self.variants())
+
+    @property
     def follows_dense(self) -> bool:
-        """Whether it is asked what the dense model puts out, behind a layer or a block."""
-        return bool(self.tune) or any(
-            getattr(each.refine, "asymmetric", False) for each in self.variants()
-        )
+        """Whether a layer or a block is asked for what the dense model puts out there."""
+        return self.asymmetric or bool(self.tune)
 
     @property
     def needs_data(self) -> bool:
@@ -329,10 +325,5 @@ class Recipe:
         """
         told: dict[str, Any] = {"prune": str(self.prune), "pattern": str(self.pattern)}
         told |= {"refine": str(self.refine), **self.refine.options(), "prepare": self.prepare}
-        told |= {
-            "tune": self.tune,
-            "samples": self.samples,
-            "seqlen": self.seqlen,
-            "seed": self.seed,
-        }
+        told |= {name: getattr(self, name) for name in ("tune", "samples", "seqlen", "seed")}
         return {**told, "skip": list(self.skip), "overrides": self.overrides}

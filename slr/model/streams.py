@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from slr.matrix.pruners import Known
 from slr.matrix.statistics import CrossStatistic, GramStatistic
 from slr.model import distributed
 from slr.model.arithmetic import computing
-from slr.model.calibrate import BlockInputs
+from slr.model.calibrate import BlockInputs, Reached
 
 __all__ = ["Stage", "look", "stages"]
 
@@ -45,10 +46,6 @@ class Stage(NamedTuple):
     names: tuple[str, ...]
     added: bool
     before: tuple[str, ...]
-
-
-class _Reached(Exception):  # noqa: N818
-    """Raised to leave a block once the inputs of a layer are known."""
 
 
 @contextmanager
@@ -156,13 +153,12 @@ def look(
                 twin.copy_(out)
     distributed.all_reduce(gram)
     distributed.all_reduce(cross)
-    moments = cross.moments()
-    known = Known(gram.norm(), gram.gram())
+    moments, known = cross.moments(), Known.of(gram)
     found = {}
     for each in stage.names:
         own = dense.get_parameter(f"{each}.weight").float()
         lacking = moments if stage.added else own @ moments
-        found[each] = Known(known.norm, known.gram, lacking)
+        found[each] = replace(known, lacking=lacking)
     return found
 
 
@@ -179,7 +175,7 @@ def _until(
     def reached(name: str, x: Tensor) -> None:
         read.append(x)
         if stop:
-            raise _Reached
+            raise Reached
 
     def more(name: str, out: Tensor) -> None:
         nonlocal stream
@@ -190,7 +186,7 @@ def _until(
     with (
         _hooked(block, stage.names[:1], reached, outputs=False),
         _hooked(block, stage.before, more, outputs=True),
-        suppress(_Reached),
+        suppress(Reached),
     ):
         out = block(states, **arguments)
     return read[0], stream, out
