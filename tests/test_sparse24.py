@@ -136,7 +136,9 @@ def test_cutlass_metadata_needs_its_shape():
 @pytest.mark.parametrize(
     ("where", "tokens", "expected", "because"),
     [
-        (Machine(), 1, "cpu", "on the CPU"),
+        (Machine(), 1, "cpu", "not looked for"),
+        (Machine(native=""), 1, "native", "1 tokens: reading S takes the time"),
+        (Machine(native=""), 17, "cpu", "17 tokens: multiplying takes the time"),
         (Machine("mps"), 1, "dense", "the tensors are on mps, not on a CUDA device"),
         (Machine("cuda", None), 1, "dense", "this build of torch is not for CUDA"),
         (TURING, 1, "dense", "capability 7.5 has no units for 2:4"),
@@ -186,6 +188,9 @@ def test_shapes_and_dtypes_fall_back_with_a_reason(shape, dtype, options, expect
         ("cusparselt", Machine(), torch.float16, "the tensors are on cpu"),
         ("triton", Machine("cpu", None, True), torch.float16, "the tensors are on cpu"),
         ("cpu", AMPERE, torch.float16, "the tensors are on cuda, not the CPU"),
+        ("native", AMPERE, torch.float16, "the tensors are on cuda, not the CPU"),
+        ("native", Machine(native=""), torch.float64, "our kernels have no float64"),
+        ("native", Machine(native="no compiler"), torch.float16, "no compiler"),
         ("triton", TURING, torch.float16, "compute capability 7.5 has no units for 2:4"),
         ("cutlass", HOPPER, torch.float16, "CUTLASS kernels are for capability 8.x, not 9.x"),
         ("triton", AMPERE._replace(triton=False), torch.float16, "pip install triton"),
@@ -205,10 +210,10 @@ def test_naming_one_on_a_cpu_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="backend 'cutlass' cannot be used: the tensors are on cp"):
         layer.use_("cutlass")
     assert layer.backend == "auto"
-    assert layer.choice(1).backend == "cpu"
+    assert layer.choice(17).backend == "cpu"
     assert layer.use_("dense").choice(1) == ("dense", "named")
     x = torch.randn(3, 64).bfloat16()
-    assert torch.equal(layer(x), layer.use_("auto")(x))
+    assert torch.equal(layer(x), layer.use_("cpu")(x))
 
 
 @pytest.fixture
@@ -390,4 +395,4 @@ def test_machine_is_looked_up():
     assert backends.machine(torch.device("cpu")).device == "cpu"
     assert backends.machine(torch.device("cpu")).capability is None
     layer = slr.SLRLinear(realistic(8, 8) * slr.prune(realistic(8, 8), "magnitude", "2:4").mask)
-    assert layer.choice(1) == ("cpu", "the tensors are on the CPU")
+    assert layer.choice(17) == ("cpu", "17 tokens: multiplying takes the time")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from slr.checkpoint.digests import sha256
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.place import target
+from slr.layer.compiled import cache_folder
 from slr.model.edges import reading
 from slr.model.stream import FAMILIES
 
-__all__ = ["ORIGIN", "cache", "convert", "converted", "is_gguf", "told"]
+__all__ = ["ORIGIN", "convert", "converted", "is_gguf", "told"]
 
 ORIGIN = "dequantised_from"  # in config.json: what a converted checkpoint was
 WEIGHTS = "model.safetensors"
@@ -37,13 +37,6 @@ def is_gguf(model: str | Path) -> bool:
     return Path(model).suffix.lower() == ".gguf"
 
 
-def cache() -> Path:
-    """Where converted models are kept: ``$SLR_CACHE``, else ``slr`` in the user's cache folder."""
-    if "SLR_CACHE" in os.environ:
-        return Path(os.environ["SLR_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slr"
-
-
 def converted(file: str | Path) -> Path:
     """The folder in the cache that a GGUF file is, or will be once converted.
 
@@ -54,7 +47,10 @@ def converted(file: str | Path) -> Path:
     """
     file = check(file)
     stat = file.stat()
-    return cache() / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)[:12]}-{FORMAT}"
+    return (
+        cache_folder()
+        / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)[:12]}-{FORMAT}"
+    )
 
 
 @functools.lru_cache

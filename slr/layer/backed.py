@@ -12,10 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from slr.layer.backends import FEW, MANY, Choice, choose, machine, pack_for
+from slr.layer.native import row_starts
 
-__all__ = ["Backed"]
+__all__ = ["Backed", "autocast_dtype"]
 
 Self = TypeVar("Self", bound="Backed")
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What a device of this type computes in while ``torch.autocast`` is on for it.
+
+    >>> autocast_dtype("cpu")
+    """
+    if kind != "cpu" and not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class Backed(nn.Module):
@@ -25,14 +36,19 @@ class Backed(nn.Module):
         backend: a name of :data:`slr.layer.backends.BACKENDS`, or ``"auto"``.
         few, many: the backends for up to 16 tokens, and for more.
         form: what sparse tensor cores need beside the values.
+        starts: where the values of each row begin, for our CPU kernels; ``None`` if rows keep
+            equally many.
         two_four: whether the mask keeps 2 of every 4.
     """
 
+    in_features: int
+    out_features: int
     values: Tensor
     bitmask: Tensor
     B: Tensor
     A: Tensor
     form: Tensor | None
+    starts: Tensor | None
     two_four: bool
     backend = "auto"
     few = many = "dense"
@@ -41,7 +57,7 @@ class Backed(nn.Module):
     @property
     def _shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.B.shape[0], self.A.shape[1]
+        return self.out_features, self.in_features
 
     def choice(self, tokens: int) -> Choice:
         """The backend for so many tokens where the layer is now, and why.
@@ -72,8 +88,10 @@ class Backed(nn.Module):
 
     def _prepare(self) -> None:
         """Choose the backends, and pack for them, where the tensors are now."""
-        self.form, self.shared = None, True
+        self.form, self.starts, self.shared = None, None, True
         self.few, self.many = self.choice(1).backend, self.choice(MANY).backend
+        if self.few == "native" and not self.two_four:
+            self.starts = row_starts(self.bitmask, self._shape)
         name = self.many if self.many in ("cutlass", "cusparselt") else self.few
         if name not in ("cutlass", "cusparselt"):
             return

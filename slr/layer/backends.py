@@ -3,6 +3,7 @@
 =============== ============================================================ =================
 name            what                                                         where
 =============== ============================================================ =================
+``native``      our kernels for few tokens, any mask (:mod:`slr.layer.native`)     CPU
 ``cpu``         unpacks a few rows at a time (:mod:`slr.layer.product`)             CPU
 ``dense``       the same in larger pieces, then the dense units               any other device
 ``triton``      our kernel for few tokens (:mod:`slr.layer.kernels`)                CUDA, from 8.0
@@ -25,13 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slr.layer import native
 from slr.layer.product import dense, gradients, wants_operator
 from slr.layer.sparse24 import cutlass_metadata, indices_of
 
 __all__ = ["BACKENDS", "FEW", "Choice", "Machine", "choose", "machine", "pack_for", "sparse_cores"]
 
-BACKENDS = ("cpu", "dense", "triton", "cutlass", "cusparselt")
-FEW = 16  # tokens up to which our own kernel is taken
+BACKENDS = ("native", "cpu", "dense", "triton", "cutlass", "cusparselt")
+FEW = 16  # tokens up to which our own kernels are taken
 MANY = 4096  # tokens that stand for many
 FIRST = (8, 0)  # the first compute capability with sparse units: Ampere
 SHAPES = {"cutlass": (32, 64), "cusparselt": (16, 16), "triton": (1, 4)}
@@ -46,6 +48,7 @@ class Machine(NamedTuple):
     triton: bool = False
     cusparselt: bool = False
     interpreter: bool = False
+    native: str = "not looked for"  # why our CPU kernels are missing; empty if they are not
 
 
 class Choice(NamedTuple):
@@ -69,7 +72,7 @@ def _installed(index: int | None, interpreter: bool) -> Machine:
     """The machine of a CUDA device, or the CPU with Triton's interpreter."""
     triton = importlib.util.find_spec("triton") is not None
     if index is None:
-        return Machine("cpu", None, triton, False, interpreter and triton)
+        return Machine("cpu", None, triton, False, interpreter and triton, native.missing())
     cusparselt = bool(torch.version.cuda) and torch.backends.cusparselt.is_available()
     capability = torch.cuda.get_device_capability(index) if torch.version.cuda else None
     return Machine("cuda", capability, triton, cusparselt, interpreter and triton)
@@ -81,7 +84,8 @@ def machine(device: torch.device) -> Machine:
     Cost: looked up once.
 
     >>> machine(torch.device("meta"))
-    Machine(device='meta', capability=None, triton=False, cusparselt=False, interpreter=False)
+    Machine(device='meta', capability=None, triton=False, cusparselt=False, interpreter=False, \
+native='not looked for')
     """
     if device.type not in ("cpu", "cuda"):
         return Machine(device.type)
@@ -107,7 +111,7 @@ def choose(
         dtype: of S and x.
         where: the machine, real or made up.
         tokens: rows of x.
-        two_four: whether S is 2:4; else only ``cpu`` and ``dense`` can.
+        two_four: whether S is 2:4; else only ``native``, ``cpu`` and ``dense`` can.
         backend: ``"auto"``, or a name, which is taken or refused.
 
     Raises:
@@ -135,7 +139,12 @@ def _automatic(
     shape: tuple[int, int], dtype: torch.dtype, where: Machine, tokens: int, two_four: bool
 ) -> Choice:
     if where.device == "cpu":
-        return Choice("cpu", "the tensors are on the CPU")
+        if tokens > FEW:
+            return Choice("cpu", f"{tokens} tokens: multiplying takes the time")
+        problem = _problem("native", shape, dtype, where, two_four)
+        if problem:
+            return Choice("cpu", problem)
+        return Choice("native", f"{tokens} tokens: reading S takes the time")
     order = ["cutlass", "cusparselt"]
     why = ""
     if tokens <= FEW:
@@ -156,8 +165,12 @@ def _problem(
     backend: str, shape: tuple[int, int], dtype: torch.dtype, where: Machine, two_four: bool
 ) -> str:
     """Why a backend cannot do it; empty if it can."""
-    if backend == "cpu":
-        return "" if where.device == "cpu" else f"the tensors are on {where.device}, not the CPU"
+    if backend in ("native", "cpu"):
+        if where.device != "cpu":
+            return f"the tensors are on {where.device}, not the CPU"
+        if backend == "native" and dtype not in native.DTYPES:
+            return f"our kernels have no {str(dtype).removeprefix('torch.')}"
+        return where.native if backend == "native" else ""
     if backend == "dense":
         return ""
     if not two_four:

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr.layer.product import gradients, wants_operator
-
 try:
     import triton
     import triton.language as tl
@@ -36,7 +34,7 @@ def _without(kernel):
 
 jit: Any = _without if triton is None else triton.jit
 
-__all__ = ["few_tokens"]
+__all__ = ["multiply"]
 
 ROWS, GROUPS = 16, 64  # of S at a time
 RANKS, COLUMNS = 16, 128  # of A at a time
@@ -171,10 +169,10 @@ def _product(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=there)
 
 
-def few_tokens(
+def multiply(
     x: Tensor, values: Tensor, bitmask: Tensor, B: Tensor, A: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """y = S x + B (A x) + b, S 2:4, by the kernels above.
+    """y = S x + B (A x) + b, S 2:4, by the kernels above; nothing is differentiated.
 
     Args:
         x: (tokens, n), float16 or bfloat16; meant for up to 16 tokens, right for any number.
@@ -184,20 +182,13 @@ def few_tokens(
         bias: (m,).
 
     Returns:
-        (tokens, m).  Gradients reach all but the bitmask.
+        (tokens, m).
 
     Raises:
         ImportError: Triton is not installed.
 
     Cost: reads 1.125 m n + 2 k (m + n) bytes for each 16 tokens.
     """
-    run = _few if wants_operator(x, values, B, A, bias) else _launch
-    return run(x, values, bitmask, B, A, bias)
-
-
-def _launch(
-    x: Tensor, values: Tensor, bitmask: Tensor, B: Tensor, A: Tensor, bias: Tensor | None
-) -> Tensor:
     if jit is _without:
         raise ImportError("the triton backend needs triton: pip install triton")
     tokens, n = x.shape
@@ -227,35 +218,3 @@ def _launch(
         RANK=padded, SLAB=slab, ROWS=ROWS, GROUPS=GROUPS,
     )  # fmt: skip
     return y
-
-
-@torch.library.custom_op("slr::few_tokens", mutates_args=())
-def _few(
-    x: Tensor, values: Tensor, bitmask: Tensor, B: Tensor, A: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _launch(x, values, bitmask, B, A, bias)
-
-
-@_few.register_fake
-def _(x, values, bitmask, B, A, bias):
-    return x.new_empty(x.shape[0], B.shape[0])
-
-
-def _remember(ctx, inputs, output) -> None:
-    *saved, bias = inputs
-    ctx.save_for_backward(*saved)
-    ctx.bias = bias is not None
-
-
-def _backward(ctx, grad):
-    x, values, bitmask, B, A = ctx.saved_tensors
-    by_x, by_values = gradients(grad, x, values, bitmask, True, ctx.needs_input_grad[:2])
-    by_t = grad @ B
-    by_B = grad.T @ (x @ A.T) if ctx.needs_input_grad[3] else None
-    by_A = by_t.T @ x if ctx.needs_input_grad[4] else None
-    by_x = None if by_x is None else by_x + by_t @ A
-    by_bias = grad.sum(0) if ctx.bias and ctx.needs_input_grad[5] else None
-    return by_x, by_values, None, by_B, by_A, by_bias
-
-
-_few.register_autograd(_backward, setup_context=_remember)

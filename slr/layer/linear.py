@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from slr.layer.backed import Backed
+from slr.layer.backed import Backed, autocast_dtype
 from slr.layer.backends import sparse_cores
 from slr.layer.bits import pack_mask, unpack_mask
+from slr.layer.few import few_tokens
 from slr.layer.packing import check_packed
 from slr.layer.product import dense, sparse_linear
 from slr.layer.readonly import read_only
@@ -43,6 +44,7 @@ class SLRLinear(Backed):
         values: the kept weights (kept,), row by row; what is trained of S.
         bitmask: the mask, a bit an entry, uint8; see :mod:`slr.layer.packing`.
         B, A, bias: as above; ``bias`` may be ``None``.
+        out_features, in_features: m and n.
         pattern: the :class:`~slr.matrix.patterns.Pattern` of the mask, or ``None``.
         two_four: whether the mask keeps 2 of every 4.
 
@@ -56,8 +58,8 @@ class SLRLinear(Backed):
         row block by row block.  Memory: packed.
 
     >>> layer = SLRLinear(torch.eye(3), torch.ones(3, 1), torch.ones(1, 3))
-    >>> print(layer(torch.tensor([1.0, 2.0, 3.0])))
-    tensor([7., 8., 9.], grad_fn=<AddBackward0>)
+    >>> print(layer(torch.tensor([1.0, 2.0, 3.0])).detach())
+    tensor([7., 8., 9.])
     """
 
     cached: Tensor | None
@@ -178,8 +180,10 @@ class SLRLinear(Backed):
         return layer
 
     def _rooms(self) -> None:
+        self.out_features, self.in_features = len(self.B), self.A.shape[1]
         self.register_buffer("cached", None, persistent=False)
         self.register_buffer("form", None, persistent=False)
+        self.starts = None
 
     def check_(self) -> SLRLinear:
         """Look at values and bitmask after they have been set, and make ready; returns the layer.
@@ -204,16 +208,6 @@ class SLRLinear(Backed):
             except ValueError as error:
                 errors: list[str] = args[-1]
                 errors.append(f"{prefix.rstrip('.')}: {error}")
-
-    @property
-    def in_features(self) -> int:
-        """Number of inputs, n."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Number of outputs, m."""
-        return self.B.shape[0]
 
     @property
     def rank(self) -> int:
@@ -246,8 +240,8 @@ class SLRLinear(Backed):
     def cache_(self, on: bool = True) -> SLRLinear:
         """Hold S unpacked as well, or no longer; returns the layer.
 
-        Faster for few tokens on a CPU, at the memory of a dense layer and more.  S is taken to be
-        constant from then on: ``values`` asks for no gradient.
+        As fast as a dense layer where our CPU kernels are missing, at the memory of one and more.
+        S is taken to be constant from then on: ``values`` asks for no gradient.
         """
         if on:
             self.values.requires_grad_(False)
@@ -264,35 +258,33 @@ class SLRLinear(Backed):
             ValueError: x has another width, or (outside autocast) another dtype than S.
         """
         values, bias, cached = self.values, self.bias, self.cached
-        m, n = self._shape
+        B, A, m, n = self.B, self.A, self.out_features, self.in_features
         if x.shape[-1:] != (n,):
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be {n}")
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            to = torch.get_autocast_dtype(kind)
+        to = autocast_dtype(x.device.type)
+        if to is not None:
             x, values = x.to(to), values.to(to)
             bias = None if bias is None else bias.to(to)
             cached = None if cached is None else cached.to(to)
         if x.dtype != values.dtype:
             raise ValueError(f"x has dtype {x.dtype}, but the layer {values.dtype}")
-        if self.rank and not values.numel():  # W = B A
-            return linear(linear(x, self.A), self.B, bias)
-        if cached is not None:
-            y = linear(x, cached, bias)
-            return y + linear(linear(x, self.A), self.B) if self.rank else y
+        if len(A) and not values.numel():  # W = B A
+            return linear(linear(x, A), B, bias)
         flat = x.reshape(-1, n)
-        name = self._backend(flat, values)
-        if name == "triton":
-            from slr.layer.kernels import few_tokens
-
-            y = few_tokens(flat, values, self.bitmask, self.B, self.A, bias)
+        name = "cached" if cached is not None else self._backend(flat, values)
+        if name in ("native", "triton"):
+            S = (values, self.bitmask, self.starts)
+            y = few_tokens(flat, *S, B, A, bias, self.two_four, name)
             return y.view(*x.shape[:-1], m)
-        if self.form is not None and name in ("cutlass", "cusparselt"):
+        if cached is not None:
+            y = linear(flat, cached, bias)
+        elif self.form is not None and name in ("cutlass", "cusparselt"):
             y = sparse_cores(flat, values, self.bitmask, self.form, bias, m, name)
         else:
             y = sparse_linear(flat, values, self.bitmask, bias, m, self.two_four)
-        y = y.view(*x.shape[:-1], m)
-        return y + linear(linear(x, self.A), self.B) if self.rank else y
+        if len(A):
+            y.addmm_(linear(flat, A), B.T.to(y.dtype))
+        return y.view(*x.shape[:-1], m)
 
     def extra_repr(self) -> str:
         """Shape, pattern and rank."""

@@ -19,19 +19,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from slr.layer import native
 from slr.layer.bits import unpack_mask
 from slr.layer.sparse24 import expand_, places
 
 __all__ = ["blocks", "check_packed", "keep", "unpack"]
 
-BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries unpacked at a time: cache, occupancy
+ROWS = 1024  # unpacked at a time on a CPU: with fewer, or other numbers, torch is slower
+BLOCK = {"cuda": 1 << 26}  # entries unpacked at a time elsewhere
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def _rows(shape: tuple[int, int], device: torch.device) -> list[slice]:
     """Slices of rows, of a multiple of 8 each, so that every one begins with a whole byte."""
     m, n = shape
-    height = max(8, BLOCK.get(device.type, 1 << 24) // n // 8 * 8)
+    if device.type == "cpu":
+        height = ROWS if m >= 2 * ROWS else -(-m // 8) * 8
+    else:
+        height = max(8, BLOCK.get(device.type, 1 << 24) // n // 8 * 8)
     return [slice(top, min(top + height, m)) for top in range(0, m, height)]
 
 
@@ -46,7 +51,7 @@ def blocks(
         shape: (m, n) of S.
         two_four: the mask is known to keep 2 of every 4, which is unpacked faster.
 
-    Cost: one pass over values and bits; a million entries of S exist at a time on a CPU.
+    Cost: one pass over values and bits; fewer than 2048 rows of S exist at a time on a CPU.
 
     >>> v, bits = torch.tensor([3.0, 4.0]), torch.tensor([6], dtype=torch.uint8)
     >>> for rows, S in blocks(v, bits, (2, 2)):
@@ -57,6 +62,12 @@ def blocks(
     slices = _rows(shape, values.device)
     buffer = values.new_empty(slices[0].stop, n) if slices else values
     after: Tensor | int = 0  # values before these rows
+    if values.device.type == "cpu" and buffer.itemsize in (2, 4) and not native.missing():
+        starts = None if two_four else native.row_starts(bits, shape)
+        for rows in slices:
+            S = buffer[: rows.stop - rows.start]
+            yield rows, native.spread_(S, values, bits, starts, shape[0], rows.start)
+        return
     for rows in slices:
         S = buffer[: rows.stop - rows.start]
         mine = bits[rows.start * n // 8 : -(-rows.stop * n // 8)]

@@ -1,0 +1,750 @@
+// y = S x + B (A x) + b for few tokens, and S unpacked, on a CPU, with S as it is stored: the kept
+// values in order and one bit an entry, lowest first.
+//
+// Few tokens take the time of reading the matrix, so everything is read once and as it lies.  A row
+// of S is 32 entries at a time: their bits say where the next values go, one instruction puts them
+// there (AVX-512's expand; on AVX2 a shuffle by a table of 256 rows, 8 at a time), and they are
+// multiplied with x in registers.  Where there are tiles (AMX), several tokens in bfloat16 take 16
+// rows at a time: unpacked into the cache, then multiplied.  Sums are in float32.  Threads share
+// rows: first those of A, then, behind a barrier, those of S and B.
+//
+// Plain C++17 with no header but the compiler's; the instruction set is chosen when it runs.
+// Compiled and called by native.py.  Book: chapter 15.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#define UNROLLED _Pragma("GCC unroll 16")
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#define WITH_512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt"
+#define AVX512 __attribute__((target(WITH_512)))
+#define AMX __attribute__((target(WITH_512 ",amx-tile,amx-bf16")))
+#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bits and values are read as little-endian words"
+#endif
+
+namespace {
+
+enum Kind { BF16, F16, F32 };
+enum Set { PORTABLE, WITH_AVX2, WITH_AVX512, WITH_AMX };
+enum Matrix { PLAIN, SPARSE, SWIFT };  // all entries there; S; S where a row is read without care
+constexpr int SLABS[] = {1, 2, 4, 8, 16};  // tokens that are multiplied at once
+constexpr int64_t PAD = 64;                // columns to which x is padded with zeros
+constexpr int64_t FEW = 4;                 // tokens up to which rows are faster than tiles
+constexpr int64_t AHEAD = 2048;            // bytes of values asked for before they are needed
+constexpr int64_t SHARE = 1 << 16;         // entries below which a thread is not worth waking
+
+// One row of a matrix: of S, with its bits from bit `at` on; or of A or B, with none.
+struct Row {
+  const char *values, *end;  // of the whole matrix: nothing behind it is read
+  const uint8_t* bits;
+  int64_t bytes, at;  // of all bits
+  int64_t n;
+};
+
+// Eight bytes from `byte` on, those behind the last as zeros.
+inline uint64_t word(const Row& row, int64_t byte) {
+  uint64_t found = 0;
+  if (byte + 8 <= row.bytes)
+    std::memcpy(&found, row.bits + byte, 8);
+  else
+    for (int i = 0; byte + i < row.bytes; i++) found |= uint64_t(row.bits[byte + i]) << 8 * i;
+  return found;
+}
+
+// The row's 32 bits from `column` on; those past its end are cleared.
+inline uint32_t next(const Row& row, int64_t column) {
+  const int64_t at = row.at + column, left = row.n - column;
+  const uint32_t bits = uint32_t(word(row, at >> 3) >> (at & 7));
+  return left >= 32 ? bits : left > 0 ? bits & ((1u << left) - 1) : 0;
+}
+
+// The lowest `count` bits.
+inline uint32_t first(int64_t count) {
+  return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
+}
+
+// The same where a row begins with a whole byte and has whole words.
+template <int M>
+inline uint32_t bits_at(const Row& row, int64_t column) {
+  if (M == PLAIN) return first(row.n - column);
+  if (M == SPARSE) return next(row, column);
+  uint32_t bits;
+  std::memcpy(&bits, row.bits + (row.at + column) / 8, 4);
+  return bits;
+}
+
+// Can a row be read without care?  Then no load of 64 bytes reaches behind the last value.
+inline bool swift(const Row& row, int64_t size) {
+  return row.n % 64 == 0 && row.at % 8 == 0 && row.end - row.values >= size * row.n + 64;
+}
+
+inline float of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float wide(const char* from, int64_t i, Kind kind) {
+  if (kind == F32) {
+    float value;
+    std::memcpy(&value, from + 4 * i, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, from + 2 * i, 2);
+  if (kind == BF16) return of_bits(uint32_t(half) << 16);
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest >= 0x7c00) return of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // Inf, NaN
+  const float size = rest * 0x1p-24f;
+  const float normal = of_bits((rest << 13) + (112u << 23));
+  return of_bits(sign | bits_of(rest < 0x400 ? size : normal));
+}
+
+inline uint16_t bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to the nearest, halves to even
+}
+
+inline uint16_t float16(float value) {
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+  const float size = std::fabs(value);
+  if (value != value) return uint16_t(sign | 0x7e00);
+  if (size >= 65520.0f) return uint16_t(sign | 0x7c00);
+  if (size < 0x1p-14f) return uint16_t(sign | uint32_t(std::nearbyint(size * 0x1p24f)));
+  const uint32_t rest = (bits & 0x7fffffff) - (112u << 23);
+  return uint16_t(sign | (rest + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
+inline void narrow(float value, char* to, int64_t i, Kind kind) {
+  if (kind == F32) {
+    std::memcpy(to + 4 * i, &value, 4);
+    return;
+  }
+  const uint16_t half = kind == BF16 ? bfloat16(value) : float16(value);
+  std::memcpy(to + 2 * i, &half, 2);
+}
+
+// A row times T tokens: sums[t] += Σ row[c] x[t, c].  x is (T, width), zero from column n on, in
+// bfloat16 for bfloat16 on AVX-512, else in float32; (width, T) for the portable one, whose compiler
+// then takes the tokens together.
+using Times = void (*)(const Row&, const void* x, int64_t width, float* sums);
+// A row of S, unpacked: n values of `size` bytes.
+using Spread = void (*)(const Row&, char* out);
+
+template <int K, int T, int M>
+void times_portable(const Row& row, const void* x, int64_t, float* sums) {
+  constexpr int size = K == F32 ? 4 : 2;
+  const float* in = static_cast<const float*>(x);
+  const char* values = row.values;
+  float total[T] = {};
+  for (int64_t c = 0; c < row.n; c += 32) {
+    uint32_t bits = bits_at<M>(row, c);
+    for (; bits; bits &= bits - 1, values += size) {
+      const float value = wide(values, 0, Kind(K));
+      const float* mine = in + (c + __builtin_ctz(bits)) * T;
+      for (int t = 0; t < T; t++) total[t] += value * mine[t];
+    }
+  }
+  for (int t = 0; t < T; t++) sums[t] += total[t];
+}
+
+template <int SIZE, int M>
+void spread_portable(const Row& row, char* out) {
+  const char* values = row.values;
+  std::memset(out, 0, row.n * SIZE);
+  for (int64_t c = 0; c < row.n; c += 32)
+    for (uint32_t bits = bits_at<M>(row, c); bits; bits &= bits - 1, values += SIZE)
+      std::memcpy(out + (c + __builtin_ctz(bits)) * SIZE, values, SIZE);
+}
+
+int64_t kept_portable(const Row& row) {
+  int64_t kept = 0;
+  for (int64_t c = 0; c < row.n; c += 32) kept += __builtin_popcount(next(row, c));
+  return kept;
+}
+
+#if defined(__x86_64__)
+
+// The next values of 16 bits, at least `kept` of them.
+template <int M>
+AVX512 inline __m512i halves512(const char* values, const char* end, int kept) {
+  return M == SWIFT || values + 64 <= end ? _mm512_loadu_si512(values)
+                                          : _mm512_maskz_loadu_epi16(first(kept), values);
+}
+
+template <int K, int T, int M>
+AVX512 void times_avx512(const Row& row, const void* x, int64_t width, float* sums) {
+  constexpr int size = K == F32 ? 4 : 2, SUMS = T < 4 ? 2 : 1;  // enough to hide the latency
+  const char* values = row.values;
+  __m512 total[SUMS][T];
+  for (int i = 0; i < SUMS * T; i++) total[i / T][i % T] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < row.n; c += 32 * SUMS) {
+    UNROLLED
+    for (int i = 0; i < SUMS; i++) {
+      const int64_t at = c + 32 * i;
+      if (M != PLAIN && (K == F32 || !i)) _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+      const uint32_t bits = bits_at<M>(row, at);
+      const int kept = __builtin_popcount(bits);
+      if constexpr (K == F32) {
+        UNROLLED
+        for (int half = 0; half < 2; half++) {
+          const __mmask16 mine = __mmask16(bits >> 16 * half);
+          const int some = __builtin_popcount(mine);
+          __m512 w = _mm512_maskz_loadu_ps(__mmask16(first(some)), values);
+          if (SPARSE) w = _mm512_maskz_expand_ps(mine, w);
+          const float* in = static_cast<const float*>(x) + at + 16 * half;
+          UNROLLED
+          for (int t = 0; t < T; t++)
+            total[i][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(in + t * width), total[i][t]);
+          values += size * some;
+        }
+        continue;
+      }
+      __m512i w = halves512<M>(values, row.end, kept);
+      w = M == PLAIN ? _mm512_maskz_mov_epi16(bits, w) : _mm512_maskz_expand_epi16(bits, w);
+      values += size * kept;
+      if constexpr (K == BF16) {
+        const uint16_t* in = static_cast<const uint16_t*>(x) + at;
+        UNROLLED
+        for (int t = 0; t < T; t++)
+          total[i][t] = _mm512_dpbf16_ps(
+              total[i][t], (__m512bh)w, (__m512bh)_mm512_loadu_si512(in + t * width));
+      } else {
+        const float* in = static_cast<const float*>(x) + at;
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(w));
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1));
+        UNROLLED
+        for (int t = 0; t < T; t++) {
+          const float* mine = in + t * width;
+          total[i][t] = _mm512_fmadd_ps(low, _mm512_loadu_ps(mine), total[i][t]);
+          total[i][t] = _mm512_fmadd_ps(high, _mm512_loadu_ps(mine + 16), total[i][t]);
+        }
+      }
+    }
+  }
+  UNROLLED
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < SUMS; i++) sums[t] += _mm512_reduce_add_ps(total[i][t]);
+}
+
+template <int SIZE, int M>
+AVX512 void spread_avx512(const Row& row, char* out) {
+  const char* values = row.values;
+  for (int64_t c = 0; c < row.n; c += 32) {
+    const uint32_t bits = bits_at<M>(row, c), inside = first(row.n - c);
+    const int kept = __builtin_popcount(bits);
+    _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+    if constexpr (SIZE == 2) {
+      const __m512i w = _mm512_maskz_expand_epi16(bits, halves512<M>(values, row.end, kept));
+      if (M == SWIFT)
+        _mm512_storeu_si512(out + 2 * c, w);
+      else
+        _mm512_mask_storeu_epi16(out + 2 * c, inside, w);
+    } else {
+      const char* from = values;
+      UNROLLED
+      for (int half = 0; half < 2; half++) {
+        const __mmask16 mine = __mmask16(bits >> 16 * half);
+        const int some = __builtin_popcount(mine);
+        const __m512i w = _mm512_maskz_loadu_epi32(__mmask16(first(some)), from);
+        _mm512_mask_storeu_epi32(out + 4 * (c + 16 * half), __mmask16(inside >> 16 * half),
+                                 _mm512_maskz_expand_epi32(mine, w));
+        from += 4 * some;
+      }
+    }
+    values += SIZE * kept;
+  }
+}
+
+// Tiles of 16 rows by 64 bytes; one setting does for all.
+struct alignas(64) Tiles {
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+  Tiles() {
+    for (int i = 0; i < 8; i++) bytes[i] = 64, rows[i] = 16;
+  }
+};
+const Tiles TILES;
+
+// A product of 16 rows, `stride` bytes apart, with 16 tokens, 32 columns a step; x in pairs of
+// columns, (columns / 2, 16, 2).  The sums are in tile 0.
+struct Product {
+  const char* rows;
+  int64_t stride;
+  const char* x;
+  int64_t step, steps;
+};
+
+AMX inline void step_on(Product& product) {
+  _tile_loadd(1, product.rows + 64 * product.step, product.stride);
+  _tile_loadd(2, product.x + 1024 * product.step, 64);
+  _tile_dpbf16ps(0, 1, 2);
+  product.step++;
+}
+
+// The rest of a product; sums[i][t] += it.
+AMX void finish(Product& product, float (*sums)[16]) {
+  alignas(64) float found[16][16];
+  while (product.step < product.steps) step_on(product);
+  _tile_stored(0, found, 64);
+  _tile_zero(0);
+  for (int i = 0; i < 16; i++)
+    for (int t = 0; t < 16; t++) sums[i][t] += found[i][t];
+}
+
+// A row of S, unpacked, while a product goes on, a step for each 16 of the row's.
+template <int M>
+AMX void spread_beside(const Row& row, char* out, Product& product) {
+  const char* values = row.values;
+  for (int64_t c = 0; c < row.n; c += 32) {
+    const uint32_t bits = bits_at<M>(row, c);
+    const int kept = __builtin_popcount(bits);
+    _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+    const __m512i w = halves512<M>(values, row.end, kept);
+    _mm512_storeu_si512(out + 2 * c, _mm512_maskz_expand_epi16(bits, w));
+    values += 2 * kept;
+    if (c % 512 == 480 && product.step < product.steps) step_on(product);
+  }
+}
+
+AMX void set_tiles() {
+  _tile_loadconfig(&TILES);
+  _tile_zero(0);
+}
+AMX void release_tiles() { _tile_release(); }
+
+// For each byte of bits and each of its 8 places, which of the next values goes there; 0x80: none.
+struct Places {
+  alignas(16) uint8_t of[256][8];
+  alignas(16) uint8_t pairs[256][16];  // the same in bytes of 16-bit values
+  Places() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int place = 0, before = 0; place < 8; place++) {
+        const bool kept = byte >> place & 1;
+        of[byte][place] = kept ? before : 0x80;
+        pairs[byte][2 * place] = kept ? 2 * before : 0x80;
+        pairs[byte][2 * place + 1] = kept ? 2 * before + 1 : 0x80;
+        before += kept;
+      }
+  }
+};
+const Places PLACES;
+
+// The next values, `kept` of them, as 8 of 16 or of 32 bits each in their places.
+AVX2 inline __m128i place16(const char* values, const char* end, uint32_t byte, int kept) {
+  __m128i w;
+  if (values + 16 <= end) {
+    w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  } else {
+    alignas(16) char last[16] = {};
+    std::memcpy(last, values, 2 * kept);
+    w = _mm_load_si128(reinterpret_cast<const __m128i*>(last));
+  }
+  return _mm_shuffle_epi8(w, _mm_load_si128(reinterpret_cast<const __m128i*>(PLACES.pairs[byte])));
+}
+
+AVX2 inline __m256i place32(const char* values, const char* end, uint32_t byte, int kept) {
+  __m256i w;
+  if (values + 32 <= end) {
+    w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  } else {
+    alignas(32) char last[32] = {};
+    std::memcpy(last, values, 4 * kept);
+    w = _mm256_load_si256(reinterpret_cast<const __m256i*>(last));
+  }
+  const __m256i places = _mm256_cvtepi8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(PLACES.of[byte])));
+  return _mm256_andnot_si256(_mm256_srai_epi32(places, 31), _mm256_permutevar8x32_epi32(w, places));
+}
+
+template <int K, int T, int M>
+AVX2 void times_avx2(const Row& row, const void* x, int64_t width, float* sums) {
+  constexpr int size = K == F32 ? 4 : 2, SUMS = T < 4 ? 4 / T : 1;
+  const char* values = row.values;
+  __m256 total[SUMS][T];
+  for (int i = 0; i < SUMS * T; i++) total[i / T][i % T] = _mm256_setzero_ps();
+  for (int64_t c = 0; c < row.n; c += 32) {
+    const uint32_t bits = bits_at<M>(row, c);
+    if (M != PLAIN) _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+    UNROLLED
+    for (int i = 0; i < 4; i++) {
+      const uint32_t byte = bits >> 8 * i & 255;
+      const int kept = __builtin_popcount(byte);
+      __m256 w;
+      if constexpr (K == F32) {
+        w = _mm256_castsi256_ps(place32(values, row.end, byte, kept));
+      } else {
+        const __m128i halves = place16(values, row.end, byte, kept);
+        w = K == F16 ? _mm256_cvtph_ps(halves)
+                     : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+      }
+      const float* in = static_cast<const float*>(x) + c + 8 * i;
+      UNROLLED
+      for (int t = 0; t < T; t++)
+        total[i % SUMS][t] =
+            _mm256_fmadd_ps(w, _mm256_loadu_ps(in + t * width), total[i % SUMS][t]);
+      values += size * kept;
+    }
+  }
+  UNROLLED
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < SUMS; i++) {
+      alignas(32) float lanes[8];
+      _mm256_store_ps(lanes, total[i][t]);
+      for (float lane : lanes) sums[t] += lane;
+    }
+}
+
+template <int SIZE, int M>
+AVX2 void spread_avx2(const Row& row, char* out) {
+  const char* values = row.values;
+  for (int64_t c = 0; c < row.n; c += 32) {
+    const uint32_t bits = bits_at<M>(row, c);
+    for (int i = 0; i < 4 && c + 8 * i < row.n; i++) {
+      const uint32_t byte = bits >> 8 * i & 255;
+      const int kept = __builtin_popcount(byte);
+      const int64_t at = c + 8 * i, some = std::min<int64_t>(8, row.n - at);
+      alignas(32) char made[32];
+      if constexpr (SIZE == 2)
+        _mm_store_si128(reinterpret_cast<__m128i*>(made), place16(values, row.end, byte, kept));
+      else
+        _mm256_store_si256(reinterpret_cast<__m256i*>(made),
+                           place32(values, row.end, byte, kept));
+      std::memcpy(out + SIZE * at, made, SIZE * some);
+      values += SIZE * kept;
+    }
+  }
+}
+
+AVX2 int64_t kept_avx2(const Row& row) {
+  int64_t kept = 0;
+  for (int64_t c = 0; c < row.n; c += 32) kept += __builtin_popcount(next(row, c));
+  return kept;
+}
+
+#define COUNT(set) (set == PORTABLE ? kept_portable : kept_avx2)
+#define CHOSEN(what, set, ...)                     \
+  (set >= WITH_AVX512 ? what##_avx512<__VA_ARGS__> \
+   : set == WITH_AVX2 ? what##_avx2<__VA_ARGS__>   \
+                      : what##_portable<__VA_ARGS__>)
+#else
+#define COUNT(set) kept_portable
+#define CHOSEN(what, set, ...) what##_portable<__VA_ARGS__>
+#endif
+
+template <int K, int M>
+Times times_of(Set set, int slab) {
+  switch (slab) {
+    case 1: return CHOSEN(times, set, K, 1, M);
+    case 2: return CHOSEN(times, set, K, 2, M);
+    case 4: return CHOSEN(times, set, K, 4, M);
+    case 8: return CHOSEN(times, set, K, 8, M);
+    default: return CHOSEN(times, set, K, 16, M);
+  }
+}
+
+template <int M>
+Times times_of(Kind kind, Set set, int slab) {
+  return kind == BF16  ? times_of<BF16, M>(set, slab)
+         : kind == F16 ? times_of<F16, M>(set, slab)
+                       : times_of<F32, M>(set, slab);
+}
+
+template <int M>
+Spread spread_of(int64_t size, Set set) {
+  return size == 2 ? CHOSEN(spread, set, 2, M) : CHOSEN(spread, set, 4, M);
+}
+
+// x (tokens, n) in what the kernels read: see `Times`.  `room` keeps it.
+const void* padded(const char* x, int64_t tokens, int64_t n, Kind kind, bool halves,
+                   int64_t by_token, int64_t by_column, std::vector<float>& room) {
+  char* const rows = reinterpret_cast<char*>(room.data());
+  for (int64_t t = 0; t < tokens; t++)
+    if (halves)
+      std::memcpy(rows + 2 * t * by_token, x + 2 * t * n, 2 * n);
+    else
+      for (int64_t c = 0; c < n; c++)
+        room[t * by_token + c * by_column] = wide(x, t * n + c, kind);
+  return room.data();
+}
+
+int64_t up(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
+
+// What is multiplied: all pointers and sizes of one call.
+struct Layer {
+  Kind kind;
+  int64_t m, n, k, size;
+  const char* values;
+  int64_t count;
+  const uint8_t* bits;
+  const int64_t* starts;  // where the values of each row begin, or null if each keeps `each`
+  int64_t each;
+  const char *B, *A, *bias;
+
+  Row row(int64_t r) const {
+    const int64_t start = starts ? starts[r] : r * each;
+    return {values + start * size, values + count * size, bits, (m * n + 7) / 8, r * n, n};
+  }
+  Row row_of_A(int64_t r) const { return {A + r * n * size, A + k * n * size, nullptr, 0, 0, n}; }
+  Row row_of_B(int64_t r) const { return {B + r * k * size, B + m * k * size, nullptr, 0, 0, k}; }
+  float bias_of(int64_t r) const { return bias ? wide(bias, r, kind) : 0.0f; }
+  int64_t entries() const { return m * n; }
+};
+
+// Which of `count` rows are mine: from the first to before the second.
+struct Share {
+#ifdef _OPENMP
+  int64_t mine = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+  int64_t mine = 0, all = 1;
+#endif
+  int64_t from(int64_t count) const { return count * mine / all; }
+  int64_t to(int64_t count) const { return count * (mine + 1) / all; }
+};
+
+// y (some, m) for the tokens of one slab, row by row.
+void by_rows(const Layer& layer, Set set, int threads, const char* x, int64_t some, char* y) {
+  thread_local std::vector<float> room, low;
+  const bool halves = layer.kind == BF16 && set >= WITH_AVX512;
+  const int64_t width = up(layer.n), short_ = up(layer.k);
+  const int slab = *std::find_if(SLABS, SLABS + 4, [&](int s) { return s >= some; });
+  const int64_t by_column = set == PORTABLE ? slab : 1;
+  room.assign(slab * width, 0.0f);
+  const void* in = padded(x, some, layer.n, layer.kind, halves, set == PORTABLE ? 1 : width,
+                          by_column, room);
+  low.assign(layer.k ? slab * short_ : 0, 0.0f);
+  float* const t = low.data();
+  const Times plain = times_of<PLAIN>(layer.kind, set, slab);
+  const Times sparse = times_of<SPARSE>(layer.kind, set, slab);
+  const Times fast = times_of<SWIFT>(layer.kind, set, slab);
+#pragma omp parallel num_threads(threads)
+  {
+    const Share share;
+    for (int64_t r = share.from(layer.k); r < share.to(layer.k); r++) {
+      float sums[16] = {};
+      plain(layer.row_of_A(r), in, width, sums);
+      for (int64_t i = 0; i < some; i++) {  // rounded, as a product of its own would be
+        char rounded[4];
+        narrow(sums[i], rounded, 0, layer.kind);
+        if (halves)
+          std::memcpy(reinterpret_cast<char*>(t) + 2 * (i * short_ + r), rounded, 2);
+        else
+          t[i * (set == PORTABLE ? 1 : short_) + r * by_column] = wide(rounded, 0, layer.kind);
+      }
+    }
+#pragma omp barrier
+    for (int64_t r = share.from(layer.m); r < share.to(layer.m); r++) {
+      float sums[16] = {};
+      const Row row = layer.row(r);
+      (swift(row, layer.size) ? fast : sparse)(row, in, width, sums);
+      if (layer.k) plain(layer.row_of_B(r), t, short_, sums);
+      for (int64_t i = 0; i < some; i++)
+        narrow(sums[i] + layer.bias_of(r), y, i * layer.m + r, layer.kind);
+    }
+  }
+}
+
+#if defined(__x86_64__)
+
+// Two bytes a value of (tokens, n) in pairs of columns, (columns / 2, 16, 2), zeros where none are.
+void paired(const char* x, int64_t tokens, int64_t n, std::vector<char>& room) {
+  room.assign(up(n) / 2 * 64, 0);
+  char* to = room.data();
+  for (int64_t c = 0; c < n; c += 2, to += 64)
+    for (int64_t t = 0; t < tokens; t++)
+      if (c + 1 < n)
+        std::memcpy(to + 4 * t, x + 2 * (t * n + c), 4);
+      else
+        std::memcpy(to + 4 * t, x + 2 * (t * n + c), 2);
+}
+
+// Sixteen rows, aligned; 64 bytes more than a row apart, so that the lines of a tile lie in
+// different sets of the cache.
+struct Sixteen {
+  int64_t stride;
+  std::vector<char> room;
+  char* rows;
+
+  void reserve(int64_t n) {
+    stride = 2 * up(n) + 64;
+    if (int64_t(room.size()) < 16 * stride + 64) room.resize(16 * stride + 64);
+    rows = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) & 63);
+  }
+  void copy(const char* from, int64_t count, int64_t n) {  // zeros where nothing is
+    for (int64_t i = 0; i < 16; i++) {
+      const int64_t there = i < count ? 2 * n : 0;
+      if (there) std::memcpy(rows + i * stride, from + i * 2 * n, there);
+      std::memset(rows + i * stride + there, 0, 2 * up(n) - there);
+    }
+  }
+  Product times(const char* x, int64_t n) const { return {rows, stride, x, 0, (n + 31) / 32}; }
+};
+
+// The same for bfloat16 on tiles, 16 rows at a time: unpacked while those before are multiplied.
+void by_tiles(const Layer& layer, int threads, const char* x, int64_t some, char* y) {
+  thread_local std::vector<char> room, low;
+  paired(x, some, layer.n, room);
+  low.assign(up(layer.k) / 2 * 64, 0);
+  const char* const in = room.data();
+  char* const t = low.data();
+#pragma omp parallel num_threads(threads)
+  {
+    thread_local Sixteen two[2], factor;
+    for (Sixteen& each : two) each.reserve(layer.n);
+    factor.reserve(std::max(layer.n, layer.k));
+    const Share share;
+    const int64_t blocks_A = (layer.k + 15) / 16, blocks = (layer.m + 15) / 16;
+    set_tiles();
+    for (int64_t b = share.from(blocks_A); b < share.to(blocks_A); b++) {
+      alignas(64) float sums[16][16] = {};
+      const int64_t count = std::min<int64_t>(16, layer.k - 16 * b);
+      factor.copy(layer.A + 32 * b * layer.n, count, layer.n);
+      Product product = factor.times(in, layer.n);
+      finish(product, sums);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < 16; j++)
+          narrow(sums[i][j], t + (16 * b + i) / 2 * 64, 2 * j + i % 2, BF16);
+    }
+#pragma omp barrier
+    factor.reserve(layer.k);
+    Product before{nullptr, 0, nullptr, 0, 0};
+    const int64_t to = share.to(blocks);
+    for (int64_t b = share.from(blocks); b <= to; b++) {
+      Sixteen& mine = two[b % 2];
+      for (int64_t i = 0; i < 16 && b < to; i++) {
+        char* const out = mine.rows + i * mine.stride;
+        if (16 * b + i < layer.m) {
+          const Row row = layer.row(16 * b + i);
+          (swift(row, 2) ? spread_beside<SWIFT> : spread_beside<SPARSE>)(row, out, before);
+        } else {
+          std::memset(out, 0, 2 * up(layer.n));
+        }
+      }
+      if (before.rows) {
+        alignas(64) float sums[16][16] = {};
+        const int64_t top = 16 * (b - 1), count = std::min<int64_t>(16, layer.m - top);
+        finish(before, sums);
+        if (layer.k) {
+          factor.copy(layer.B + 2 * top * layer.k, count, layer.k);
+          Product product = factor.times(t, layer.k);
+          finish(product, sums);
+        }
+        for (int64_t i = 0; i < count; i++)
+          for (int64_t j = 0; j < some; j++)
+            narrow(sums[i][j] + layer.bias_of(top + i), y, j * layer.m + top + i, BF16);
+      }
+      before = mine.times(in, layer.n);
+    }
+    release_tiles();
+  }
+}
+
+// May this process use tiles?  Linux wants to be asked.
+bool tiles() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const unsigned both = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & both) != both) return false;
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tile data
+#else
+  return false;
+#endif
+}
+
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set of this processor, as in `Set`.
+int slr_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
+                      __builtin_cpu_supports("avx512bf16");
+  return !avx2 ? PORTABLE : !avx512 ? WITH_AVX2 : tiles() ? WITH_AMX : WITH_AVX512;
+#else
+  return PORTABLE;
+#endif
+}
+
+// y (tokens, m) = S x + B (A x) + b.  x (tokens, n), A (k, n), B (m, k), b (m) or null, all of one
+// kind and contiguous.
+void slr_few(int kind, int set_, int threads, int64_t tokens, int64_t m, int64_t n, int64_t k,
+             const char* x, const char* values, int64_t count, const uint8_t* bits,
+             const int64_t* starts, int64_t each, const char* B, const char* A, const char* bias,
+             char* y) {
+  const Set set = Set(set_);
+  const int64_t size = kind == F32 ? 4 : 2, most = set >= WITH_AVX512 ? 16 : 8;
+  const Layer layer{Kind(kind), m, n, k, size, values, count, bits, starts, each, B, A, bias};
+  threads = int(std::clamp<int64_t>(layer.entries() / SHARE, 1, threads));
+  for (int64_t from = 0; from < tokens; from += most) {
+    const int64_t some = std::min(most, tokens - from);
+    const char* const in = x + from * n * size;
+    char* const out = y + from * m * size;
+#if defined(__x86_64__)
+    if (set == WITH_AMX && kind == BF16 && some > FEW) {
+      by_tiles(layer, threads, in, some, out);
+      continue;
+    }
+#endif
+    by_rows(layer, set, threads, in, some, out);
+  }
+}
+
+// Where the values of each row begin, (m + 1); returns whether rows keep different numbers.
+int slr_starts(int set_, int threads, int64_t m, int64_t n, const uint8_t* bits, int64_t* starts) {
+  const Set set = Set(set_);
+  const Layer layer{F32, m, n, 0, 4, nullptr, 0, bits, nullptr, 0, nullptr, nullptr, nullptr};
+  threads = int(std::clamp<int64_t>(layer.entries() / SHARE, 1, threads));
+  int64_t (*const count)(const Row&) = COUNT(set);
+  starts[0] = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < m; r++) starts[r + 1] = count(layer.row(r));
+  const bool differ = m && std::count(starts + 1, starts + m + 1, starts[1]) != m;
+  for (int64_t r = 0; r < m; r++) starts[r + 1] += starts[r];
+  return differ;
+}
+
+// Rows of S from `top` on, unpacked into `out` (rows, n), of 2 or 4 bytes a value.
+void slr_spread(int size, int set_, int threads, int64_t m, int64_t n, int64_t top, int64_t rows,
+                const char* values, int64_t count, const uint8_t* bits, const int64_t* starts,
+                int64_t each, char* out) {
+  const Set set = Set(set_);
+  const Layer layer{F32, m, n, 0, size, values, count, bits, starts, each, nullptr, nullptr, nullptr};
+  const Spread careful = spread_of<SPARSE>(size, set), fast = spread_of<SWIFT>(size, set);
+  threads = int(std::clamp<int64_t>(rows * n / SHARE, 1, threads));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    const Row row = layer.row(top + i);
+    (swift(row, size) ? fast : careful)(row, out + i * n * size);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,143 @@
+"""Our own kernels for a CPU: y = S x + B (A x) + b for few tokens, and S unpacked, fast.
+
+They are in ``native.cpp``: AVX-512 (VBMI2 and BF16), AVX2 and plain C++, chosen when they run, for
+any mask and shape, in bfloat16, float16 and float32.  A token is bound by the bytes that are read,
+so everything is read once and as it is stored.  Book: chapter 15.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slr.layer.compiled import SETS, library
+
+__all__ = ["DTYPES", "in_use", "missing", "multiply", "row_starts", "spread_"]
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as `Kind` in native.cpp
+
+
+def missing() -> str:
+    """Why the kernels cannot be used on this machine; empty if they can.
+
+    Cost: the first call on a machine compiles them, some seconds.
+
+    >>> missing() == "" or missing()
+    True
+    """
+    return library().missing
+
+
+def in_use() -> str:
+    """One line: what multiplies packed layers on this CPU.
+
+    >>> in_use().startswith("packed layers on this CPU: ")
+    True
+    """
+    problem = missing()
+    if problem:
+        return f"packed layers on this CPU: torch's operations, for {problem}"
+    threads = torch.get_num_threads()
+    return f"packed layers on this CPU: slr's kernels, {SETS[library().best]}, {threads} threads"
+
+
+def row_starts(bitmask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """Where the values of each row begin: int64 (m + 1,); ``None`` if all rows keep equally many.
+
+    Args:
+        bitmask: uint8 (⌈m n / 8⌉,), on a CPU.
+        shape: (m, n).
+
+    Cost: one pass over the mask.
+
+    >>> row_starts(torch.tensor([0b0110], dtype=torch.uint8), (2, 2))
+    >>> row_starts(torch.tensor([0b0111], dtype=torch.uint8), (2, 2)).tolist()
+    [0, 2, 3]
+    """
+    m, n = shape
+    starts, found = torch.empty(m + 1, dtype=torch.int64), library()
+    threads, at = torch.get_num_threads(), starts.data_ptr()
+    return starts if found.starts(found.best, threads, m, n, bitmask.data_ptr(), at) else None
+
+
+def _chosen(best: str | None) -> int:
+    return library().best if best is None else min(SETS.index(best), library().best)
+
+
+def multiply(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    starts: Tensor | None,
+    B: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    *,
+    best: str | None = None,
+) -> Tensor:
+    """y = S x + B (A x) + b, S packed, nothing differentiated.
+
+    Args:
+        x: (tokens, n), of :data:`DTYPES`; meant for up to 16 tokens, right for any number.
+        values: (kept,), the dtype of `x`, like all that follow.
+        bitmask: uint8 (⌈m n / 8⌉,), of any mask.
+        starts: from :func:`row_starts`.
+        B, A: (m, k) and (k, n), k may be 0.
+        bias: (m,).
+        best: of :data:`~slr.layer.compiled.SETS`, to use no better instructions.
+
+    Returns:
+        (tokens, m); sums are in float32, A x is rounded to the dtype.
+
+    Cost: reads values, bits and factors once for each 16 tokens (8 without AVX-512).
+
+    >>> bits, v, none = torch.tensor([6], dtype=torch.uint8), torch.tensor([3.0, 4.0]), None
+    >>> multiply(torch.eye(2), v, bits, none, torch.ones(2, 1), torch.ones(1, 2), none).tolist()
+    [[1.0, 5.0], [4.0, 1.0]]
+    """
+    (m, k), (tokens, n), kept = B.shape, x.shape, values.numel()
+    y = x.new_empty(tokens, m)
+    if not (x.is_contiguous() and values.is_contiguous() and B.is_contiguous()
+            and A.is_contiguous()):  # fmt: skip
+        x, values, B, A = (t.contiguous() for t in (x, values, B, A))
+    library().few(
+        DTYPES[x.dtype], _chosen(best), torch.get_num_threads(), tokens, m, n, k,
+        x.data_ptr(), values.data_ptr(), kept, bitmask.data_ptr(),
+        None if starts is None else starts.data_ptr(), kept // m,
+        B.data_ptr(), A.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def spread_(
+    out: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    starts: Tensor | None,
+    rows: int,
+    top: int = 0,
+    *,
+    best: str | None = None,
+) -> Tensor:
+    """out ← rows of S from `top` on, unpacked, in place; returns `out`.
+
+    Args:
+        out: (h, n), contiguous, of 2 or 4 bytes a value.
+        values, bitmask, starts: of all of S.
+        rows: m of S.
+        top: the first row.
+        best: as for :func:`multiply`.
+
+    Cost: reads their values and bits, writes `out`.
+
+    >>> bits, v = torch.tensor([6], dtype=torch.uint8), torch.tensor([3.0, 4.0])
+    >>> spread_(torch.empty(1, 2), v, bits, None, 2, top=1).tolist()
+    [[4.0, 0.0]]
+    """
+    values = values if values.is_contiguous() else values.contiguous()
+    library().spread(
+        out.itemsize, _chosen(best), torch.get_num_threads(), rows, out.shape[1], top, len(out),
+        values.data_ptr(), values.numel(), bitmask.data_ptr(),
+        None if starts is None else starts.data_ptr(), values.numel() // rows, out.data_ptr(),
+    )  # fmt: skip
+    return out
