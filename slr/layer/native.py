@@ -29,16 +29,15 @@ def missing() -> str:
 
 
 def in_use() -> str:
-    """One line: what multiplies packed layers on this CPU.
+    """What multiplies packed layers on this CPU, in a few words.
 
-    >>> in_use().startswith("packed layers on this CPU: ")
+    >>> in_use().split()[0] in ("slr's", "torch's")
     True
     """
     problem = missing()
     if problem:
-        return f"packed layers on this CPU: torch's operations, for {problem}"
-    threads = torch.get_num_threads()
-    return f"packed layers on this CPU: slr's kernels, {SETS[library().best]}, {threads} threads"
+        return f"torch's operations, for {problem}"
+    return f"slr's kernels, {SETS[library().best]}, {torch.get_num_threads()} threads"
 
 
 def row_starts(bitmask: Tensor, shape: tuple[int, int]) -> Tensor | None:
