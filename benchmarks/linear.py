@@ -122,9 +122,9 @@ def on_cpu(ways: dict, x: torch.Tensor, repeats: int) -> dict:
     return {way: {"ms": statistics.median(each[1:])} for way, each in found.items()}
 
 
-def rates(device: str, dtype: torch.dtype) -> dict:
+def rates(device: str, dtype: torch.dtype, size: int = 1 << 29, side: int | None = None) -> dict:
     """Bytes moved in GB/s and matmul rate in TFLOP/s, measured on random data."""
-    size, side = 1 << 29, 8192 if device == "cuda" else 2048
+    side = side or (8192 if device == "cuda" else 2048)
     a, b = (torch.empty(size, dtype=torch.uint8, device=device).random_() for _ in range(2))
     x, w = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     calls = {
@@ -182,7 +182,8 @@ def measure(args) -> list[dict]:
     """One row for each shape, dtype, pattern, rank and number of tokens."""
     rows = []
     sizes = [(s, d, p) for s in args.shapes for d in args.dtypes for p in PATTERNS[args.device]]
-    measured = {d: rates(args.device, getattr(torch, d)) for d in args.dtypes}
+    large = (args.rates << 20, args.side)
+    measured = {d: rates(args.device, getattr(torch, d), *large) for d in args.dtypes}
     for (shape, name, pattern), rank in tqdm(
         [(s, k) for s in sizes for k in args.ranks], desc="layers"
     ):
@@ -209,6 +210,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", help="separated by commas")
     parser.add_argument("--rotate", type=int, help="MiB of weights in rotation")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rates", type=int, default=512, help="MiB copied for the rate of bytes")
+    parser.add_argument("--side", type=int, help="of the matrices for the rate of operations")
     parser.add_argument("--out", type=Path, help="folder for linear.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
