@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -178,12 +179,12 @@ def times_of(layer, dense: torch.Tensor, x: torch.Tensor, args) -> dict:
 
 
 @torch.no_grad()
-def measure(args) -> list[dict]:
-    """One row for each shape, dtype, pattern, rank and number of tokens."""
-    rows = []
+def measure(args) -> Iterator[dict]:
+    """The rates; then one row for each shape, dtype, pattern, rank and number of tokens."""
     sizes = [(s, d, p) for s in args.shapes for d in args.dtypes for p in PATTERNS[args.device]]
     large = (args.rates << 20, args.side)
     measured = {d: rates(args.device, getattr(torch, d), *large) for d in args.dtypes}
+    yield {"rates": measured}
     for (shape, name, pattern), rank in tqdm(
         [(s, k) for s in sizes for k in args.ranks], desc="layers"
     ):
@@ -198,8 +199,17 @@ def measure(args) -> list[dict]:
                 least = floor(m, n, k, tokens, dtype.itemsize, measured[name], way != "dense")
                 row["ways"][way] = {**times, "floor ms": least, "over floor": times["ms"] / least}
             row["speed-up"] = row["ways"]["dense"]["ms"] / row["ways"]["slr"]["ms"]
-            rows.append(row)
-    return [{"rates": measured}, *rows]
+            yield row
+
+
+def store(args, rates: dict, rows: list[dict]) -> None:
+    """What there is so far, where it was measured and how."""
+    command = "python " + " ".join(["benchmarks/linear.py", *sys.argv[1:]])
+    found = {"command": command, **provenance(), **rates, "rows": rows}
+    found["triton"] = machine(torch.device(args.device)).triton
+    found["native"] = native.in_use() if args.device == "cpu" else ""
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "linear.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:
@@ -225,20 +235,17 @@ def main() -> int:
     args.ranks = [int(k) for k in args.ranks.split(",")] if args.ranks else ranks
     args.rotate = args.rotate or rotate
     torch.manual_seed(0)
-    head, *rows = measure(args)
-    for row in rows:
+    found = measure(args)
+    measured, rows = next(found), []
+    for row in found:
+        rows.append(row)
         times = ", ".join(f"{way} {t['ms']:.3f}" for way, t in row["ways"].items())
         print(
             f"{row['shape']} {row['dtype']} {row['pattern']} rank {row['rank']}, {row['tokens']} "
             f"tokens, {row['speed-up']:.2f} of dense, ms: {times}"
         )
-    if args.out:
-        command = "python " + " ".join(["benchmarks/linear.py", *sys.argv[1:]])
-        found = {"command": command, **provenance(), **head, "rows": rows}
-        found["triton"] = machine(torch.device(args.device)).triton
-        found["native"] = native.in_use() if args.device == "cpu" else ""
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "linear.json").write_text(json.dumps(found, indent=1) + "\n")
+        if args.out:
+            store(args, measured, rows)
     return 0
 
 

@@ -9,8 +9,8 @@ the first lies at place 0, 1 or 2, the last at 1, 2 or 3, so one token needs two
 group; several tokens go to the tensor cores as four products, one a place.
 
 ``TRITON_INTERPRET=1``, set before, runs the kernels on a CPU, slowly: that is how they are tested.
-They have not been run on a GPU yet, and their block sizes are guesses; ``make gpu`` measures others.
-Book: chapter 15.
+They have not been run on a GPU yet, and their block sizes are guesses: ``make gpu`` measures what
+others would do.  Book: chapter 15.
 """
 
 from __future__ import annotations
