@@ -75,11 +75,11 @@ def kernel(run: Run, m: int, n: int, rank: int, bias: bool, dtype: torch.dtype) 
     wide, b = x.double(), layer.bias.double() if bias else torch.zeros(m).double()
     exact = wide @ S.T + wide @ A.T @ B.T + b
     size = wide.abs() @ S.abs().T + wide.abs() @ A.abs().T @ B.abs().T + b.abs()
-    there = copy.deepcopy(layer).to(run.device)
-    packed = (there.values, there.bitmask, None, there.B, there.A, there.bias, True, "triton")
+    parts = (layer.values, layer.bitmask, None, layer.B, layer.A, layer.bias)
+    there = [None if part is None else part.to(run.device) for part in parts]
     errors = {}
     for count in tokens:
-        y = few_tokens(x[:count].to(run.device), *packed)
+        y = few_tokens(x[:count].to(run.device), *there, True, "triton")
         assert y.dtype == dtype, f"y is {y.dtype}"
         over = (y.cpu().double() - exact[:count]).abs() / (1e-6 + 2 * EPS[dtype] * size[:count])
         within(f"{count} tokens, worst entry over its bound", float(over.max()), 1.0)
@@ -127,7 +127,7 @@ def by_backend(run: Run, backend: str, layer: SLRLinear, truth: dict) -> dict:
     if not truth:
         wide = copy.deepcopy(layer).double()
         truth |= {t: outputs(wide, x[:t].double(), weight[:t].double()) for t in tokens}
-    mine = copy.deepcopy(layer).to(run.device)
+    mine = copy.deepcopy(layer).use_("dense").to(run.device)  # so that nothing else is prepared
     try:
         mine.use_(backend)
     except ValueError as reason:

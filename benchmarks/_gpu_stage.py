@@ -46,8 +46,9 @@ class Run:
         except SkipCheck as reason:
             row |= {"outcome": "skipped", "reason": str(reason)}
         except Exception as error:
-            traceback.print_exc()
             row |= {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+            if not isinstance(error, AssertionError):
+                row["traceback"] = traceback.format_exc()[-3000:]
         row["took"] = round(time.monotonic() - started, 3)
         self.stream.write(json.dumps(row) + "\n")
         self.stream.flush()

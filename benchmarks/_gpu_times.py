@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 from _gpu_stage import Run, SkipCheck, main
-from linear import LLAMA, copies_of, floor, on_cpu, on_gpu, problem, rates
+from linear import LLAMA, floor, on_cpu, on_gpu, rates
 from refine import LLAMA_7B, weight_of
 
 import slr
 from slr.layer import kernels
 from slr.layer.backends import choose, machine
+from slr.layer.bits import pack_mask
 from slr.matrix.metric import Gram
 
 SPARE = 0.15  # of a stage's time: with less left it comes to an end by itself
@@ -119,10 +120,9 @@ def blocks(run: Run) -> None:
     many = (2, 1 << 16) if run.dry else (64, 400 << 20)  # copies, bytes of all
     layers, wholes = {}, {}
     for shape in shapes:
-        m, n = map(int, shape.split("x"))
-        layer, wholes[shape] = problem(m, n, rank, torch.bfloat16, run.device)
-        count = many[1] // (layer.values.nbytes + layer.bitmask.nbytes)
-        layers[shape] = copies_of(layer.use_("dense"), max(2, min(count, many[0])))
+        parts, wholes[shape] = packed(*map(int, shape.split("x")), rank, run.device)
+        count = max(2, min(many[0], many[1] // sum(part.nbytes for part in parts)))
+        layers[shape] = [tuple(part.clone() for part in parts) for _ in range(count)]
     for i, count in enumerate(tokens):
         problems = {}
         for shape, W in wholes.items():
@@ -131,6 +131,15 @@ def blocks(run: Run) -> None:
             problems[shape] = (layers[shape], x, (x @ W.T).double(), least)
         share = (1 - SPARE) * run.left() / (len(tokens) - i)
         sweep(run, count, problems, share)
+
+
+def packed(m: int, n: int, rank: int, device: str) -> tuple[tuple, torch.Tensor]:
+    """Values, bits and factors of a random matrix in bfloat16, and the dense one."""
+    W = (torch.randn(m, n, device=device) / n**0.5).bfloat16()
+    mask = slr.patterns.parse("2:4").select(W.abs())
+    B = (torch.randn(m, rank, device=device) / rank**0.5).bfloat16()
+    A = (torch.randn(rank, n, device=device) / n**0.5).bfloat16()
+    return (W[mask], pack_mask(mask), B, A), torch.addmm(W * mask, B, A)
 
 
 def void(run: Run, reason: str) -> None:
@@ -220,8 +229,8 @@ def measured_with(setting: dict, run: Run, problems: dict) -> dict:
 def milliseconds(run: Run, copies: list, x: torch.Tensor, right: torch.Tensor) -> float:
     """Of one product by the kernel, its result looked at."""
 
-    def call(layer, x):
-        return kernels.multiply(x, layer.values, layer.bitmask, layer.B, layer.A, layer.bias)
+    def call(parts, x):
+        return kernels.multiply(x, *parts, None)
 
     error = float((call(copies[0], x).double() - right).norm() / right.norm())
     assert error < 0.02, f"the product is wrong, by {error:.3g} of itself"

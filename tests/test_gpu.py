@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import slr
 
@@ -187,6 +188,7 @@ def test_the_exit_code_tells_whether_a_stage_failed(gpu, tmp_path, monkeypatch):
         } == {outcome}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_a_dry_run_leaves_nothing(tmp_path):
     done = command("--only", "llama", cwd=tmp_path)
     assert done.returncode == 2
@@ -196,6 +198,19 @@ def test_without_a_gpu_it_says_so_and_a_dry_run_leaves_nothing(tmp_path):
     assert "llama       passed" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert command("--dry", "--only", "lama", cwd=tmp_path).returncode == 2
+
+
+def test_make_gpu_takes_a_python_that_has_torch_for_cuda(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options = ["--dry", "--only", "llama", "--out", str(tmp_path / "out")]
+    make = ["make", "-s", "gpu", f"PYTHON={python}", f"GPU={' '.join(options)}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert told["command"] == " ".join(["python benchmarks/gpu.py", *options])
+    assert [row["outcome"] for row in told["stages"]] == ["passed"]
 
 
 def test_a_card_has_a_folder_and_slr_bench_lists_the_benchmark_alone(gpu):
