@@ -231,7 +231,7 @@ def trained(model: nn.Module, x: Tensor, mode: str) -> dict:
 
 def refinement(run: Run) -> None:
     """Pruning and repairs of one matrix on both devices: the same errors, and true ones."""
-    sizes = ["1024x1024:32", "2816x1024:32"]
+    sizes = ["1024x1024:32", "1408x512:16"]
     if run.dry:
         sizes = ["160x144:3"]
     for size in sizes:
@@ -293,7 +293,7 @@ def repaired(run: Run, call, near: float, W: Tensor, mask: Tensor, H: Tensor, M:
 
 def tuning(run: Run) -> None:
     """The embedded model compressed on both devices, with and without tuning: its perplexity."""
-    folder, (seqlen, limit, samples) = slr.tiny.path(), (64, 4, 9) if run.dry else (128, 64, 32)
+    folder, (seqlen, limit, samples) = slr.tiny.path(), (64, 4, 9) if run.dry else (128, 64, 16)
     tokenizer = load_tokenizer(folder)
     windows = data.windows(data.corpus("validation"), tokenizer, seqlen, limit)
     calibration = data.windows(data.corpus("calibration"), tokenizer, seqlen, samples)

@@ -39,7 +39,7 @@ def gpu():
 def rehearsed(tmp_path_factory):
     """The dry run, and its gpu.json."""
     out = tmp_path_factory.mktemp("gpu")
-    done = command("--dry", "--out", str(out))
+    done = command("--dry", "--seconds", "100000", "--out", str(out))
     return done, out, json.loads((out / "gpu.json").read_text())
 
 
@@ -89,7 +89,7 @@ def stages(gpu, **seconds):
 def run(gpu, listed, start, tmp_path, seconds=100.0, clock=None):
     stored = []
     rows = gpu.run(
-        listed, tmp_path, True, seconds, lambda rows: stored.append(json.dumps(rows)), start,
+        listed, tmp_path, False, seconds, lambda rows: stored.append(json.dumps(rows)), start,
         clock or Clock(),
     )  # fmt: skip
     assert json.loads(stored[-1]) == rows
@@ -193,18 +193,25 @@ def test_without_a_gpu_it_says_so_and_a_dry_run_leaves_nothing(tmp_path):
     done = command("--only", "llama", cwd=tmp_path)
     assert done.returncode == 2
     assert "no CUDA device here" in done.stderr
-    done = command("--dry", "--only", "llama", cwd=tmp_path)
+    done = command("--dry", "--seconds", "9999", "--only", "llama", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "llama       passed" in done.stdout
     assert list(tmp_path.iterdir()) == []
-    assert command("--dry", "--only", "lama", cwd=tmp_path).returncode == 2
+
+
+def test_a_stage_that_is_unknown_is_named(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--only", "llama,lama"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert "no stage is called lama" in capsys.readouterr().err
 
 
 def test_make_gpu_takes_a_python_that_has_torch_for_cuda(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    options = ["--dry", "--only", "llama", "--out", str(tmp_path / "out")]
+    options = ["--dry", "--seconds", "9999", "--only", "llama", "--out", str(tmp_path / "out")]
     make = ["make", "-s", "gpu", f"PYTHON={python}", f"GPU={' '.join(options)}"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
