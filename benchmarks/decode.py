@@ -108,7 +108,7 @@ def main() -> int:
         return 2
     shapes = args.shapes or ("llama-7b" if args.device == "cuda" else "smollm2,tinyllama")
     torch.manual_seed(0)
-    rows = []
+    origin, rows = provenance(), []  # before what is stored changes the repository
     for shape in shapes.split(","):
         rank = args.rank or SHAPES[shape][1]
         models = {"dense": build(shape, args.device)}
@@ -125,17 +125,17 @@ def main() -> int:
                 row |= {"linear bytes": linear_bytes(model), "tokens/s": args.new / best[way]}
                 rows.append({**row, "speed-up": best["dense"] / best[way]})
                 print(rows[-1])
-            store(args.out, rows)
+            store(args.out, origin, rows)
         del models
     return 0
 
 
-def store(folder: Path | None, rows: list[dict]) -> None:
+def store(folder: Path | None, origin: dict, rows: list[dict]) -> None:
     """What there is so far, where it was measured and how."""
     if folder is None:
         return
     command = "python " + " ".join(["benchmarks/decode.py", *sys.argv[1:]])
-    found = {"command": command, **provenance(), "native": native.in_use()}
+    found = {"command": command, **origin, "native": native.in_use()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "decode.json").write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
 

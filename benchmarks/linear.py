@@ -202,10 +202,10 @@ def measure(args) -> Iterator[dict]:
             yield row
 
 
-def store(args, rates: dict, rows: list[dict]) -> None:
+def store(args, origin: dict, rates: dict, rows: list[dict]) -> None:
     """What there is so far, where it was measured and how."""
     command = "python " + " ".join(["benchmarks/linear.py", *sys.argv[1:]])
-    found = {"command": command, **provenance(), **rates, "rows": rows}
+    found = {"command": command, **origin, **rates, "rows": rows}
     found["triton"] = machine(torch.device(args.device)).triton
     found["native"] = native.in_use() if args.device == "cpu" else ""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def main() -> int:
     args.ranks = [int(k) for k in args.ranks.split(",")] if args.ranks else ranks
     args.rotate = args.rotate or rotate
     torch.manual_seed(0)
-    found = measure(args)
+    origin, found = provenance(), measure(args)  # before what is stored changes the repository
     measured, rows = next(found), []
     for row in found:
         rows.append(row)
@@ -245,7 +245,7 @@ def main() -> int:
             f"tokens, {row['speed-up']:.2f} of dense, ms: {times}"
         )
         if args.out:
-            store(args, measured, rows)
+            store(args, origin, measured, rows)
     return 0
 
 
