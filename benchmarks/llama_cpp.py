@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 import slr
 from slr.checkpoint.atomic import write_text
@@ -58,13 +59,14 @@ def ask(
 
     Returns:
         Ids of each text, greedy continuation of each prompt, and of each prompt the
-        log-probabilities (length + steps, size) after every token.
+        log-probabilities (length + steps, size) after every token, normalised again: the package
+        sums probabilities in single precision.
     """
-    adapter = folder / "adapter.gguf"
+    base, adapter = folder / "base.gguf", folder / "adapter.gguf"
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch) / "logs"
         asked = {
-            "base": str(folder / "base.gguf"), "adapter": str(adapter) if adapter.exists() else None,
+            "base": str(base), "adapter": str(adapter) if adapter.exists() else None,
             "texts": texts, "prompts": prompts, "steps": steps, "logs": str(logs),
         }  # fmt: skip
         command = [shutil.which("node") or "node", str(SCRIPT), str(node)]
@@ -74,7 +76,8 @@ def ask(
         if done.returncode:
             raise RuntimeError(f"node-llama-cpp failed: {done.stderr.strip()[-500:]}")
         answers = json.loads(done.stdout)
-        found = torch.frombuffer(bytearray(logs.read_bytes()), dtype=torch.float32).view(-1, size)
+        found = torch.frombuffer(bytearray(logs.read_bytes()), dtype=torch.float32)
+        found = found.view(-1, size).double().log_softmax(-1)
     rows = found.split([len(prompt) + steps for prompt in prompts])
     return answers["tokens"], answers["greedy"], list(rows)
 
@@ -156,6 +159,7 @@ def main() -> None:
     parser.add_argument("--outtypes", default=",".join(OUTTYPES))
     parser.add_argument("--out", type=Path, default=None, help="JSON file of the rows")
     args = parser.parse_args()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         folder, text = args.folder, args.text or ("embedded" if args.folder is None else "general")
         if folder is None:
