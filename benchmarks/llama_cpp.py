@@ -96,10 +96,10 @@ def difference(model: nn.Module, ids: list[list[int]], rows: list[Tensor]) -> tu
     """Largest difference of log-probabilities, and mean KL divergence in nats, from a model."""
     most, divergences = 0.0, []
     for one, theirs in zip(ids, rows, strict=True):
-        ours = model(torch.tensor([one])).logits[0].float().log_softmax(-1)
+        ours = model(torch.tensor([one])).logits[0].double().log_softmax(-1)
         likely = ours > torch.tensor(PROBABLE).log()
         most = max(most, float((ours - theirs)[likely].abs().max()))
-        divergences.append((ours.exp() * (ours - theirs.clamp(min=-100))).sum() / len(one))
+        divergences.append((ours.exp() * (ours - theirs.clamp(min=-100))).sum(-1).mean())
     return most, float(torch.stack(divergences).mean())
 
 

@@ -12,24 +12,21 @@ Book: the page on the format.
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slr.checkpoint.exported import gguf_readme
 from slr.checkpoint.folder import load_tokenizer
+from slr.checkpoint.gguf_file import Entry, write_file
 from slr.checkpoint.gguf_vocabulary import write_vocabulary
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.sizes import check_space
 from slr.layer.linear import SLRLinear
 from slr.model.stream import Stream
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["OUTTYPES", "interleave", "outtype_of", "write"]
 
@@ -51,24 +48,6 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 ROPES = ("default", "linear", "llama3")  # whose frequencies depend on no length
-ROWS = 4096  # of a tensor that are converted at a time
-LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # their scales are float16
-
-
-class Entry(NamedTuple):
-    """One tensor of a GGUF file: its name there, shape as of torch, and name of its type."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file, without padding."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        return torch.Size(self.shape).numel() // block * size
 
 
 def outtype_of(outtype: str | None, dtype: torch.dtype) -> str:
@@ -144,7 +123,7 @@ def write(stream: Stream, out: Path, outtype: str | None, key: dict) -> Path:
                 write_vocabulary(writer, tokenizer, config.vocab_size)
 
             values = _values(stream)
-            journal.add_file(BASE, lambda at: _write(at, base, values, describe))
+            journal.add_file(BASE, lambda at: write_file(at, base, values, describe))
         if pairs and ADAPTER not in journal:
             ranks = {a.shape[0] for a, _ in pairs.values()}
 
@@ -156,7 +135,7 @@ def write(stream: Stream, out: Path, outtype: str | None, key: dict) -> Path:
 
             entries = [entry for pair in pairs.values() for entry in pair]
             factors = _factors(stream, pairs)
-            journal.add_file(ADAPTER, lambda at: _write(at, entries, factors, adapt))
+            journal.add_file(ADAPTER, lambda at: write_file(at, entries, factors, adapt))
         journal.add_text("README.md", gguf_readme(outtype, bool(pairs)))
         return journal.finish()
 
@@ -330,52 +309,3 @@ def _factors(stream: Stream, pairs: dict[str, tuple[Entry, Entry]]) -> Iterator[
         yield read[f"{full}.A"]
         name, B = NAMES[full.split(".", 3)[3]], read[f"{full}.B"]
         yield interleave(B, heads[name]) if name in heads else B
-
-
-def _write(
-    file: Path, entries: list[Entry], values: Iterator[Tensor], describe: Callable[[Any], None]
-) -> None:
-    """A GGUF file: its metadata, then one tensor after the other."""
-    import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    writer = GGUFWriter(file, "llama")
-    try:
-        describe(writer)
-        for name, shape, kind in entries:
-            size = Entry(name, shape, kind).nbytes
-            known = GGMLQuantizationType[kind]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), size, known)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry, value in zip(entries, values, strict=True):
-            writer.write_tensor_data(_encoded(entry, value))
-    except OSError as error:
-        if error.errno is None:  # numpy's, of which it says only how much was not written
-            raise OSError(errno.ENOSPC, f"no space left: {error}") from None
-        raise
-    finally:
-        writer.close()
-
-
-def _encoded(entry: Entry, value: Tensor) -> np.ndarray:
-    """A tensor in the type of its entry.
-
-    Raises:
-        ValueError: it does not fit.
-    """
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    assert tuple(value.shape) == entry.shape, entry.name
-    value = value.detach().cpu()
-    peak = float(value.abs().max()) if value.numel() else 0.0
-    if peak > LARGEST.get(entry.kind, float("inf")):
-        raise ValueError(
-            f"tensor {entry.name} holds {peak:.3g}, too large for {entry.kind}; give --outtype "
-            "bf16 or f32"
-        )
-    kind = GGMLQuantizationType[entry.kind]
-    return np.concatenate([quantize(rows.float().numpy(), kind) for rows in value.split(ROWS)])
