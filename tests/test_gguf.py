@@ -342,7 +342,7 @@ ROPE = {
 
 
 def test_the_command_writes_it_and_says_how_large_it_is(folder, tmp_path):
-    arguments = ["export", folder, "--to", "gguf", "--out", tmp_path / "out", "--outtype", "q8_0"]
+    arguments = ["export", folder, "--to", "gguf", "--out", tmp_path / "out", "--outtype", "Q8_0"]
     done = CliRunner().invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
     assert "base.gguf" in done.stdout

@@ -54,8 +54,8 @@ def outtype_of(outtype: str | None, dtype: torch.dtype) -> str:
     """The type of the weights, as llama.cpp's converter names them.
 
     Args:
-        outtype: one of :data:`OUTTYPES`; when ``None`` ``"f16"``, or ``"f32"`` for a model of 32
-            bits.
+        outtype: one of :data:`OUTTYPES`, in any case; when ``None`` ``"f16"``, or ``"f32"`` for a
+            model of 32 bits.
         dtype: of the model.
 
     Raises:
@@ -63,9 +63,9 @@ def outtype_of(outtype: str | None, dtype: torch.dtype) -> str:
     """
     if outtype is None:
         return "f16" if dtype.itemsize == 2 else "f32"
-    if outtype not in OUTTYPES:
+    if outtype.lower() not in OUTTYPES:
         raise ValueError(f"outtype {outtype!r} is unknown; it must be one of {', '.join(OUTTYPES)}")
-    return outtype
+    return outtype.lower()
 
 
 def interleave(value: Tensor, heads: int) -> Tensor:
