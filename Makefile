@@ -19,7 +19,10 @@ export OMP_WAIT_POLICY := PASSIVE
 LONG := $(foreach n,03 11 08 09 05 14 12,$(wildcard notebooks/$(n)_*.ipynb))
 CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb)))
 
-.PHONY: help setup book checked-book test fuzz chaos browser-test lint format notebooks serve clean repo
+# Of slr, besides torch: what `make gpu` takes from wheels/ where the Python at hand lacks it.
+NEEDED := accelerate filelock numpy psutil pyyaml safetensors tqdm transformers typer
+
+.PHONY: help setup book checked-book test fuzz chaos gpu browser-test lint format notebooks serve clean repo
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -58,6 +61,17 @@ fuzz: .venv/.ready  ## property tests on many random examples (SEED=… repeats 
 chaos: .venv/.ready  ## kill, fill, flip and corrupt, for an hour; two tables
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corrupt.py
+
+# On a machine whose own Python has torch for CUDA nothing is installed but what is missing, and no
+# network is needed; elsewhere .venv is made first.  GPU="--dry" rehearses on a CPU.
+gpu:  ## run on one NVIDIA GPU all that needs one, in 9 minutes; into results/<card>
+	@python=$(PYTHON); cuda='import sys, torch; sys.exit(torch.version.cuda is None)'; \
+	if ! $$python -c "$$cuda" 2>/dev/null; then \
+	  $(MAKE) --no-print-directory setup; python=$(BIN)/python; \
+	elif [ -d wheels ]; then \
+	  $$python -m pip install --quiet --no-index --find-links wheels $(NEEDED); \
+	fi; \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $$python benchmarks/gpu.py $(GPU)
 
 browser-test: .venv/.ready  ## look at the built book in Chromium (after make book)
 	$(BIN)/python -m pytest tests/browser/check_pages.py

@@ -35,6 +35,13 @@ SHAPES = {  # as LlamaConfig wants them, whose defaults are LLaMA-7B's; and the 
         64,
     ),
     "smollm2": (None, 18),
+    "toy": (
+        {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "vocab_size": 128,
+        },
+        2,
+    ),
 }  # fmt: skip
 WAYS = {"2:4": "2:4", "50%": "0.5"}
 
@@ -118,13 +125,19 @@ def main() -> int:
                 row |= {"linear bytes": linear_bytes(model), "tokens/s": args.new / best[way]}
                 rows.append({**row, "speed-up": best["dense"] / best[way]})
                 print(rows[-1])
+            store(args.out, rows)
         del models
-    if args.out:
-        command = "python " + " ".join(["benchmarks/decode.py", *sys.argv[1:]])
-        found = {"command": command, **provenance(), "native": native.in_use()}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "decode.json").write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def store(folder: Path | None, rows: list[dict]) -> None:
+    """What there is so far, where it was measured and how."""
+    if folder is None:
+        return
+    command = "python " + " ".join(["benchmarks/decode.py", *sys.argv[1:]])
+    found = {"command": command, **provenance(), "native": native.in_use()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "decode.json").write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -122,9 +123,9 @@ def on_cpu(ways: dict, x: torch.Tensor, repeats: int) -> dict:
     return {way: {"ms": statistics.median(each[1:])} for way, each in found.items()}
 
 
-def rates(device: str, dtype: torch.dtype) -> dict:
+def rates(device: str, dtype: torch.dtype, size: int = 1 << 29, side: int | None = None) -> dict:
     """Bytes moved in GB/s and matmul rate in TFLOP/s, measured on random data."""
-    size, side = 1 << 29, 8192 if device == "cuda" else 2048
+    side = side or (8192 if device == "cuda" else 2048)
     a, b = (torch.empty(size, dtype=torch.uint8, device=device).random_() for _ in range(2))
     x, w = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     calls = {
@@ -178,11 +179,12 @@ def times_of(layer, dense: torch.Tensor, x: torch.Tensor, args) -> dict:
 
 
 @torch.no_grad()
-def measure(args) -> list[dict]:
-    """One row for each shape, dtype, pattern, rank and number of tokens."""
-    rows = []
+def measure(args) -> Iterator[dict]:
+    """The rates; then one row for each shape, dtype, pattern, rank and number of tokens."""
     sizes = [(s, d, p) for s in args.shapes for d in args.dtypes for p in PATTERNS[args.device]]
-    measured = {d: rates(args.device, getattr(torch, d)) for d in args.dtypes}
+    large = (args.rates << 20, args.side)
+    measured = {d: rates(args.device, getattr(torch, d), *large) for d in args.dtypes}
+    yield {"rates": measured}
     for (shape, name, pattern), rank in tqdm(
         [(s, k) for s in sizes for k in args.ranks], desc="layers"
     ):
@@ -197,8 +199,17 @@ def measure(args) -> list[dict]:
                 least = floor(m, n, k, tokens, dtype.itemsize, measured[name], way != "dense")
                 row["ways"][way] = {**times, "floor ms": least, "over floor": times["ms"] / least}
             row["speed-up"] = row["ways"]["dense"]["ms"] / row["ways"]["slr"]["ms"]
-            rows.append(row)
-    return [{"rates": measured}, *rows]
+            yield row
+
+
+def store(args, rates: dict, rows: list[dict]) -> None:
+    """What there is so far, where it was measured and how."""
+    command = "python " + " ".join(["benchmarks/linear.py", *sys.argv[1:]])
+    found = {"command": command, **provenance(), **rates, "rows": rows}
+    found["triton"] = machine(torch.device(args.device)).triton
+    found["native"] = native.in_use() if args.device == "cpu" else ""
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "linear.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:
@@ -209,6 +220,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", help="separated by commas")
     parser.add_argument("--rotate", type=int, help="MiB of weights in rotation")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--rates", type=int, default=512, help="MiB copied for the rate of bytes")
+    parser.add_argument("--side", type=int, help="of the matrices for the rate of operations")
     parser.add_argument("--out", type=Path, help="folder for linear.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -222,20 +235,17 @@ def main() -> int:
     args.ranks = [int(k) for k in args.ranks.split(",")] if args.ranks else ranks
     args.rotate = args.rotate or rotate
     torch.manual_seed(0)
-    head, *rows = measure(args)
-    for row in rows:
+    found = measure(args)
+    measured, rows = next(found), []
+    for row in found:
+        rows.append(row)
         times = ", ".join(f"{way} {t['ms']:.3f}" for way, t in row["ways"].items())
         print(
             f"{row['shape']} {row['dtype']} {row['pattern']} rank {row['rank']}, {row['tokens']} "
             f"tokens, {row['speed-up']:.2f} of dense, ms: {times}"
         )
-    if args.out:
-        command = "python " + " ".join(["benchmarks/linear.py", *sys.argv[1:]])
-        found = {"command": command, **provenance(), **head, "rows": rows}
-        found["triton"] = machine(torch.device(args.device)).triton
-        found["native"] = native.in_use() if args.device == "cpu" else ""
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "linear.json").write_text(json.dumps(found, indent=1) + "\n")
+        if args.out:
+            store(args, measured, rows)
     return 0
 
 

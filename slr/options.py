@@ -267,6 +267,8 @@ def benchmarks() -> dict[str, str]:
 
     found = {}
     for module in pkgutil.iter_modules(slr.benchmarks.__path__):
+        if module.name.startswith("_"):  # a part of another
+            continue
         file = resources.files("slr.benchmarks") / f"{module.name}.py"
         told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         found[module.name] = told.partition("\n")[0]

@@ -10,6 +10,7 @@ from slr.checkpoint.folder import about
 from slr.checkpoint.sizes import Summary, megabytes
 from slr.console import as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
+from slr.layer import native
 from slr.methods.system import System
 from slr.model.recipe import Recipe
 
@@ -95,6 +96,7 @@ def describe(notes: dict, found: Summary, size: float) -> None:
         ("weights", f"{size:.1f} MB"),
         ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
         *measured_rows(notes.get("measured")),
+        ("multiplied on this CPU by", native.in_use()),
     ]
     print(table(rows) + "\n")
     print(f"{'layers':<12} {'number':>6} {'rank':>9} {'pruned':>8} {'error':>8} {'output':>8}")

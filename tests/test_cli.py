@@ -111,6 +111,7 @@ def test_info_and_export(small, tmp_path):
     assert run("compress", small, "--out", out, *options).exit_code == 0
     done = run("info", out)
     assert done.exit_code == 0, done.output
+    assert "multiplied on this CPU by" in done.stdout
     kinds = [line.split()[0] for line in done.stdout.split("\n\n")[1].splitlines()[1:]]
     assert sorted(kinds) == sorted(
         ["all", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]

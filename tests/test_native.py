@@ -41,10 +41,10 @@ def problem(m, n, rank, tokens, dtype, density=0.5, bias=True, seed=0):
 @pytest.mark.hypothesis
 @pytest.mark.parametrize("best", HERE)
 @given(
-    m=st.integers(1, 70),
+    m=st.one_of(st.integers(1, 70), st.sampled_from([144, 300])),
     n=st.one_of(st.integers(1, 150), st.sampled_from([64, 128, 576])),
     rank=st.integers(0, 70),
-    tokens=st.integers(0, 20),
+    tokens=st.one_of(st.integers(0, 20), st.sampled_from([33, 70])),
     dtype=st.sampled_from(list(native.DTYPES)),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     bias=st.booleans(),
@@ -62,6 +62,14 @@ def test_the_product_and_s_itself(best, m, n, rank, tokens, dtype, density, bias
     top = seed % m
     part = torch.full_like(S[top:], 7)
     assert torch.equal(native.spread_(part, values, bits, starts, m, top, best=best), S[top:])
+
+
+@pytest.mark.parametrize("best", HERE)
+@pytest.mark.parametrize(("m", "n", "tokens"), [(40, 4160, 40), (33, 9001, 600)])
+def test_wide_matrices_and_many_tokens(best, m, n, tokens):
+    arguments, _S, exact, size = problem(m, n, 20, tokens, torch.bfloat16)
+    y = native.multiply(*arguments, best=best)
+    assert ((y.double() - exact).abs() <= 2 * torch.finfo(torch.bfloat16).eps * size).all()
 
 
 @pytest.mark.parametrize("best", HERE)
@@ -200,6 +208,9 @@ def test_the_layer_uses_it_for_few_tokens(pattern, monkeypatch):
         assert calls == [2, 16, 1, 0, 8]
         again = copy.deepcopy(layer).bfloat16()
         assert again.few == "native"
+        assert again.most == (1024 if native.tiled() else 16)
+        many = torch.cat([x, x, x]).view(-1, 64).bfloat16()
+        assert torch.allclose(again(many).float(), dense.view(-1, 48).repeat(3, 1), atol=0.3)
         assert torch.allclose(again(x[0, :3].bfloat16()).float(), dense[0, :3], atol=0.3)
 
 

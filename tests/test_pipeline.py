@@ -398,7 +398,8 @@ def test_exports_compute_the_same(small, tmp_path):
         ).eval()
         with torch.no_grad():
             logits = ours(ids).logits
-            assert torch.equal(theirs(ids).logits, logits)
+            near = 1e-5 if dtype == torch.float32 else 0.03  # sums in another order
+            assert (theirs(ids).logits - logits).abs().max() <= near * logits.abs().max()
     assert AutoTokenizer.from_pretrained(tmp_path / "dense") is not None
     dense = slr.load(tmp_path / "dense", dtype=torch.float32)
     with torch.no_grad():

@@ -139,6 +139,8 @@ def test_cutlass_metadata_needs_its_shape():
         (Machine(), 1, "cpu", "not looked for"),
         (Machine(native=""), 1, "native", "1 tokens: reading S takes the time"),
         (Machine(native=""), 17, "cpu", "17 tokens: multiplying takes the time"),
+        (Machine(native="", tiles=True), 17, "native", "17 tokens: unpacked for the matrix units"),
+        (Machine(native="", tiles=True), 1025, "cpu", "multiplying takes the time"),
         (Machine("mps"), 1, "dense", "the tensors are on mps, not on a CUDA device"),
         (Machine("cuda", None), 1, "dense", "this build of torch is not for CUDA"),
         (TURING, 1, "dense", "capability 7.5 has no units for 2:4"),
@@ -210,7 +212,7 @@ def test_naming_one_on_a_cpu_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="backend 'cutlass' cannot be used: the tensors are on cp"):
         layer.use_("cutlass")
     assert layer.backend == "auto"
-    assert layer.choice(17).backend == "cpu"
+    assert layer.choice(1025).backend == "cpu"
     assert layer.use_("dense").choice(1) == ("dense", "named")
     x = torch.randn(3, 64).bfloat16()
     assert torch.equal(layer(x), layer.use_("cpu")(x))
@@ -382,6 +384,9 @@ def test_a_dense_copy_is_loaded_on_request(small, tmp_path):
     )
     packed, cached = slr.load(tmp_path / "a"), slr.load(tmp_path / "a", cache=True)
     ids = torch.randint(4096, (2, 20))
+    for layer in packed.modules():
+        if isinstance(layer, slr.SLRLinear):
+            layer.use_("cpu")  # the same products
     with torch.no_grad():
         assert torch.equal(packed(ids).logits, cached(ids).logits)
     for layer, other in zip(packed.modules(), cached.modules(), strict=True):

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from slr.layer.backends import FEW, MANY, Choice, choose, machine, pack_for
+from slr.layer.backends import FEW, MANY, Choice, choose, few, machine, pack_for
 from slr.layer.native import row_starts
 
 __all__ = ["Backed", "autocast_dtype"]
@@ -34,7 +34,7 @@ class Backed(nn.Module):
 
     Attributes:
         backend: a name of :data:`slr.layer.backends.BACKENDS`, or ``"auto"``.
-        few, many: the backends for up to 16 tokens, and for more.
+        few, many: the backends for up to `most` tokens, and for more.
         form: what sparse tensor cores need beside the values.
         starts: where the values of each row begin, for our CPU kernels; ``None`` if rows keep
             equally many.
@@ -52,6 +52,7 @@ class Backed(nn.Module):
     two_four: bool
     backend = "auto"
     few = many = "dense"
+    most = FEW
     shared = True  # whether `form` follows when values change
 
     @property
@@ -90,6 +91,7 @@ class Backed(nn.Module):
         """Choose the backends, and pack for them, where the tensors are now."""
         self.form, self.starts, self.shared = None, None, True
         self.few, self.many = self.choice(1).backend, self.choice(MANY).backend
+        self.most = few(self.values.dtype, machine(self.values.device))
         if self.few == "native" and not self.two_four:
             self.starts = row_starts(self.bitmask, self._shape)
         name = self.many if self.many in ("cutlass", "cusparselt") else self.few
@@ -128,7 +130,7 @@ class Backed(nn.Module):
 
     def _backend(self, flat: Tensor, values: Tensor) -> str:
         """The backend for x (tokens, n) and the values as they are multiplied."""
-        name = self.few if flat.shape[0] <= FEW else self.many
+        name = self.few if flat.shape[0] <= self.most else self.many
         changed = values.dtype != self.values.dtype  # autocast
         stale = name == "cusparselt" and not self.shared and self.values.requires_grad
         return "dense" if changed or stale or flat.device != values.device else name

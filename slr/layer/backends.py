@@ -3,7 +3,7 @@
 =============== ============================================================ =================
 name            what                                                         where
 =============== ============================================================ =================
-``native``      our kernels for few tokens, any mask (:mod:`slr.layer.native`)     CPU
+``native``      our kernels for few tokens, any mask (:mod:`slr.layer.native`)      CPU
 ``cpu``         unpacks a few rows at a time (:mod:`slr.layer.product`)             CPU
 ``dense``       the same in larger pieces, then the dense units               any other device
 ``triton``      our kernel for few tokens (:mod:`slr.layer.kernels`)                CUDA, from 8.0
@@ -30,10 +30,21 @@ from slr.layer import native
 from slr.layer.product import dense, gradients, wants_operator
 from slr.layer.sparse24 import cutlass_metadata, indices_of
 
-__all__ = ["BACKENDS", "FEW", "Choice", "Machine", "choose", "machine", "pack_for", "sparse_cores"]
+__all__ = [
+    "BACKENDS",
+    "FEW",
+    "Choice",
+    "Machine",
+    "choose",
+    "few",
+    "machine",
+    "pack_for",
+    "sparse_cores",
+]
 
 BACKENDS = ("native", "cpu", "dense", "triton", "cutlass", "cusparselt")
-FEW = 16  # tokens up to which our own kernels are taken
+FEW = 16  # tokens up to which our own kernels are taken,
+TILED = 1024  # and where they have matrix units of a CPU
 MANY = 4096  # tokens that stand for many
 FIRST = (8, 0)  # the first compute capability with sparse units: Ampere
 SHAPES = {"cutlass": (32, 64), "cusparselt": (16, 16), "triton": (1, 4)}
@@ -49,6 +60,7 @@ class Machine(NamedTuple):
     cusparselt: bool = False
     interpreter: bool = False
     native: str = "not looked for"  # why our CPU kernels are missing; empty if they are not
+    tiles: bool = False  # whether they have matrix units, for bfloat16
 
 
 class Choice(NamedTuple):
@@ -72,7 +84,8 @@ def _installed(index: int | None, interpreter: bool) -> Machine:
     """The machine of a CUDA device, or the CPU with Triton's interpreter."""
     triton = importlib.util.find_spec("triton") is not None
     if index is None:
-        return Machine("cpu", None, triton, False, interpreter and triton, native.missing())
+        own = (native.missing(), native.tiled())
+        return Machine("cpu", None, triton, False, interpreter and triton, *own)
     cusparselt = bool(torch.version.cuda) and torch.backends.cusparselt.is_available()
     capability = torch.cuda.get_device_capability(index) if torch.version.cuda else None
     return Machine("cuda", capability, triton, cusparselt, interpreter and triton)
@@ -85,7 +98,7 @@ def machine(device: torch.device) -> Machine:
 
     >>> machine(torch.device("meta"))
     Machine(device='meta', capability=None, triton=False, cusparselt=False, interpreter=False, \
-native='not looked for')
+native='not looked for', tiles=False)
     """
     if device.type not in ("cpu", "cuda"):
         return Machine(device.type)
@@ -135,16 +148,26 @@ def choose(
     return Choice(backend, "named")
 
 
+def few(dtype: torch.dtype, where: Machine) -> int:
+    """Tokens up to which our own kernels are the fastest, if they can be used.
+
+    >>> few(torch.bfloat16, Machine("cpu", native="", tiles=True))
+    1024
+    """
+    return TILED if where.tiles and dtype == torch.bfloat16 else FEW
+
+
 def _automatic(
     shape: tuple[int, int], dtype: torch.dtype, where: Machine, tokens: int, two_four: bool
 ) -> Choice:
     if where.device == "cpu":
-        if tokens > FEW:
+        if tokens > few(dtype, where):
             return Choice("cpu", f"{tokens} tokens: multiplying takes the time")
         problem = _problem("native", shape, dtype, where, two_four)
         if problem:
             return Choice("cpu", problem)
-        return Choice("native", f"{tokens} tokens: reading S takes the time")
+        reason = "reading S takes the time" if tokens <= FEW else "unpacked for the matrix units"
+        return Choice("native", f"{tokens} tokens: {reason}")
     order = ["cutlass", "cusparselt"]
     why = ""
     if tokens <= FEW:

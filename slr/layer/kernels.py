@@ -9,7 +9,8 @@ the first lies at place 0, 1 or 2, the last at 1, 2 or 3, so one token needs two
 group; several tokens go to the tensor cores as four products, one a place.
 
 ``TRITON_INTERPRET=1``, set before, runs the kernels on a CPU, slowly: that is how they are tested.
-They have not been run on a GPU yet, and their block sizes are guesses.  Book: chapter 15.
+They have not been run on a GPU yet, and their block sizes are guesses: ``make gpu`` measures what
+others would do.  Book: chapter 15.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = ["multiply"]
 
 ROWS, GROUPS = 16, 64  # of S at a time
 RANKS, COLUMNS = 16, 128  # of A at a time
+WARPS, STAGES = 4, 3  # of a block of threads, and loads under way, for S
 PARTS = 8  # of the columns of A, so that its few rows keep many multiprocessors busy
 SLAB = 16  # tokens at a time if there are several, the least that tensor cores take
 
@@ -215,6 +217,6 @@ def multiply(
         x, values.view(torch.int32), bitmask, B, t, y if bias is None else bias, y,
         tokens, m, n, k, parts,
         ONE=one, WIDE=wide, BF16=x.dtype == torch.bfloat16, WHOLE=n % 8 == 0, BIAS=bias is not None,
-        RANK=padded, SLAB=slab, ROWS=ROWS, GROUPS=GROUPS,
+        RANK=padded, SLAB=slab, ROWS=ROWS, GROUPS=GROUPS, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return y

@@ -1,12 +1,13 @@
-// y = S x + B (A x) + b for few tokens, and S unpacked, on a CPU, with S as it is stored: the kept
-// values in order and one bit an entry, lowest first.
+// y = S x + B (A x) + b, and S unpacked, on a CPU, with S as it is stored: the kept values in order
+// and one bit an entry, lowest first.
 //
 // Few tokens take the time of reading the matrix, so everything is read once and as it lies.  A row
 // of S is 32 entries at a time: their bits say where the next values go, one instruction puts them
 // there (AVX-512's expand; on AVX2 a shuffle by a table of 256 rows, 8 at a time), and they are
 // multiplied with x in registers.  Where there are tiles (AMX), several tokens in bfloat16 take 16
-// rows at a time: unpacked into the cache, then multiplied.  Sums are in float32.  Threads share
-// rows: first those of A, then, behind a barrier, those of S and B.
+// rows at a time, unpacked into the cache while those before are multiplied; many tokens take panels
+// of up to 128 rows, which stay in the cache while the tokens pass by.  Sums are in float32.  Threads
+// share rows: first those of A, then, behind a barrier, those of S and B.
 //
 // Plain C++17 with no header but the compiler's; the instruction set is chosen when it runs.
 // Compiled and called by native.py.  Book: chapter 15.
@@ -45,6 +46,7 @@ enum Matrix { PLAIN, SPARSE, SWIFT };  // all entries there; S; S where a row is
 constexpr int SLABS[] = {1, 2, 4, 8, 16};  // tokens that are multiplied at once
 constexpr int64_t PAD = 64;                // columns to which x is padded with zeros
 constexpr int64_t FEW = 4;                 // tokens up to which rows are faster than tiles
+constexpr int64_t MANY = 512;              // tokens that pass by a panel at once
 constexpr int64_t AHEAD = 2048;            // bytes of values asked for before they are needed
 constexpr int64_t SHARE = 1 << 16;         // entries below which a thread is not worth waking
 
@@ -150,8 +152,8 @@ inline void narrow(float value, char* to, int64_t i, Kind kind) {
 // bfloat16 for bfloat16 on AVX-512, else in float32; (width, T) for the portable one, whose compiler
 // then takes the tokens together.
 using Times = void (*)(const Row&, const void* x, int64_t width, float* sums);
-// A row of S, unpacked: n values of `size` bytes.
-using Spread = void (*)(const Row&, char* out);
+// A row of S, unpacked: n values of 2 or 4 bytes.  Returns where the values after it begin.
+using Spread = const char* (*)(const Row&, char* out);
 
 template <int K, int T, int M>
 void times_portable(const Row& row, const void* x, int64_t, float* sums) {
@@ -171,12 +173,13 @@ void times_portable(const Row& row, const void* x, int64_t, float* sums) {
 }
 
 template <int SIZE, int M>
-void spread_portable(const Row& row, char* out) {
+const char* spread_portable(const Row& row, char* out) {
   const char* values = row.values;
   std::memset(out, 0, row.n * SIZE);
   for (int64_t c = 0; c < row.n; c += 32)
     for (uint32_t bits = bits_at<M>(row, c); bits; bits &= bits - 1, values += SIZE)
       std::memcpy(out + (c + __builtin_ctz(bits)) * SIZE, values, SIZE);
+  return values;
 }
 
 int64_t kept_portable(const Row& row) {
@@ -250,7 +253,7 @@ AVX512 void times_avx512(const Row& row, const void* x, int64_t width, float* su
 }
 
 template <int SIZE, int M>
-AVX512 void spread_avx512(const Row& row, char* out) {
+AVX512 const char* spread_avx512(const Row& row, char* out) {
   const char* values = row.values;
   for (int64_t c = 0; c < row.n; c += 32) {
     const uint32_t bits = bits_at<M>(row, c), inside = first(row.n - c);
@@ -276,6 +279,7 @@ AVX512 void spread_avx512(const Row& row, char* out) {
     }
     values += SIZE * kept;
   }
+  return values;
 }
 
 // Tiles of 16 rows by 64 bytes; one setting does for all.
@@ -419,7 +423,7 @@ AVX2 void times_avx2(const Row& row, const void* x, int64_t width, float* sums) 
 }
 
 template <int SIZE, int M>
-AVX2 void spread_avx2(const Row& row, char* out) {
+AVX2 const char* spread_avx2(const Row& row, char* out) {
   const char* values = row.values;
   for (int64_t c = 0; c < row.n; c += 32) {
     const uint32_t bits = bits_at<M>(row, c);
@@ -437,6 +441,7 @@ AVX2 void spread_avx2(const Row& row, char* out) {
       values += SIZE * kept;
     }
   }
+  return values;
 }
 
 AVX2 int64_t kept_avx2(const Row& row) {
@@ -569,16 +574,19 @@ void by_rows(const Layer& layer, Set set, int threads, const char* x, int64_t so
 
 #if defined(__x86_64__)
 
-// Two bytes a value of (tokens, n) in pairs of columns, (columns / 2, 16, 2), zeros where none are.
-void paired(const char* x, int64_t tokens, int64_t n, std::vector<char>& room) {
-  room.assign(up(n) / 2 * 64, 0);
-  char* to = room.data();
-  for (int64_t c = 0; c < n; c += 2, to += 64)
-    for (int64_t t = 0; t < tokens; t++)
-      if (c + 1 < n)
-        std::memcpy(to + 4 * t, x + 2 * (t * n + c), 4);
-      else
-        std::memcpy(to + 4 * t, x + 2 * (t * n + c), 2);
+#define COUNTING _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+
+// Two bytes a value of (tokens, n), up to 16 tokens, in pairs of columns, (columns / 2, 16, 2),
+// zeros where none are.
+AVX512 void paired(const char* x, int64_t tokens, int64_t n, char* to) {
+  const __mmask16 there = __mmask16(first(tokens));
+  const __m512i at = _mm512_mullo_epi32(COUNTING, _mm512_set1_epi32(int(2 * n)));
+  for (int64_t c = 0; c + 1 < n; c += 2)
+    _mm512_storeu_si512(to + 32 * c, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, at,
+                                                                 x + 2 * c, 1));
+  std::memset(to + n / 2 * 64, 0, (up(n) / 2 - n / 2) * 64);
+  for (int64_t t = 0; n % 2 && t < tokens; t++)
+    std::memcpy(to + n / 2 * 64 + 4 * t, x + 2 * (t * n + n - 1), 2);
 }
 
 // Sixteen rows, aligned; 64 bytes more than a row apart, so that the lines of a tile lie in
@@ -603,10 +611,31 @@ struct Sixteen {
   Product times(const char* x, int64_t n) const { return {rows, stride, x, 0, (n + 31) / 32}; }
 };
 
+// t = A x in pairs, for groups of 16 tokens, `bytes` of x and `bytes_t` of t apart.
+void factors(const Layer& layer, const Share& share, const char* x, int64_t bytes, char* ts,
+             int64_t bytes_t, int64_t groups) {
+  thread_local Sixteen rows;
+  rows.reserve(layer.n);
+  const int64_t all = (layer.k + 15) / 16 * groups;
+  int64_t held = -1;
+  for (int64_t p = share.from(all); p < share.to(all); p++) {
+    const int64_t b = p / groups, g = p % groups, count = std::min<int64_t>(16, layer.k - 16 * b);
+    if (b != held) rows.copy(layer.A + 32 * b * layer.n, count, layer.n);
+    held = b;
+    alignas(64) float sums[16][16] = {};
+    Product product = rows.times(x + g * bytes, layer.n);
+    finish(product, sums);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t j = 0; j < 16; j++)
+        narrow(sums[i][j], ts + g * bytes_t + (16 * b + i) / 2 * 64, 2 * j + i % 2, BF16);
+  }
+}
+
 // The same for bfloat16 on tiles, 16 rows at a time: unpacked while those before are multiplied.
 void by_tiles(const Layer& layer, int threads, const char* x, int64_t some, char* y) {
   thread_local std::vector<char> room, low;
-  paired(x, some, layer.n, room);
+  room.resize(up(layer.n) / 2 * 64);
+  paired(x, some, layer.n, room.data());
   low.assign(up(layer.k) / 2 * 64, 0);
   const char* const in = room.data();
   char* const t = low.data();
@@ -614,20 +643,10 @@ void by_tiles(const Layer& layer, int threads, const char* x, int64_t some, char
   {
     thread_local Sixteen two[2], factor;
     for (Sixteen& each : two) each.reserve(layer.n);
-    factor.reserve(std::max(layer.n, layer.k));
     const Share share;
-    const int64_t blocks_A = (layer.k + 15) / 16, blocks = (layer.m + 15) / 16;
+    const int64_t blocks = (layer.m + 15) / 16;
     set_tiles();
-    for (int64_t b = share.from(blocks_A); b < share.to(blocks_A); b++) {
-      alignas(64) float sums[16][16] = {};
-      const int64_t count = std::min<int64_t>(16, layer.k - 16 * b);
-      factor.copy(layer.A + 32 * b * layer.n, count, layer.n);
-      Product product = factor.times(in, layer.n);
-      finish(product, sums);
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t j = 0; j < 16; j++)
-          narrow(sums[i][j], t + (16 * b + i) / 2 * 64, 2 * j + i % 2, BF16);
-    }
+    factors(layer, share, in, 0, t, 0, 1);
 #pragma omp barrier
     factor.reserve(layer.k);
     Product before{nullptr, 0, nullptr, 0, 0};
@@ -657,6 +676,126 @@ void by_tiles(const Layer& layer, int threads, const char* x, int64_t some, char
             narrow(sums[i][j] + layer.bias_of(top + i), y, j * layer.m + top + i, BF16);
       }
       before = mine.times(in, layer.n);
+    }
+    release_tiles();
+  }
+}
+
+// Rows of S times many tokens: `high` rows at a time are unpacked, up to WIDE columns of them, and
+// stay in the cache while the tokens pass by.
+constexpr int64_t WIDE = 4096;
+
+struct Panel {
+  int64_t stride, width;  // bytes of a row; floats of a row of sums
+  std::vector<char> room;
+  std::vector<float> sums;
+  char* rows;
+
+  void reserve(int64_t high, int64_t n, int64_t tokens) {
+    stride = 2 * std::min(up(n), WIDE) + 64, width = tokens + 16;
+    room.resize(std::max<size_t>(room.size(), high * stride + 64));
+    sums.resize(high * width);
+    rows = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) & 63);
+  }
+};
+
+// sums (rows, tokens) += panel times x, 32 rows and 32 tokens at once; x in groups of 16 tokens,
+// `group` bytes apart.
+AMX void times_panel(Panel& panel, int64_t rows, int64_t steps, const char* x, int64_t group,
+                     int64_t groups) {
+  const int64_t across = 4 * panel.width;
+  for (int64_t g = 0; g < groups; g += 2)
+    for (int64_t r = 0; r < rows; r += 32) {
+      float* const out = panel.sums.data() + r * panel.width + 16 * g;
+      const char* const S = panel.rows + r * panel.stride;
+      _tile_loadd(0, out, across);
+      _tile_loadd(1, out + 16, across);
+      _tile_loadd(2, out + 16 * panel.width, across);
+      _tile_loadd(3, out + 16 * panel.width + 16, across);
+      for (int64_t step = 0; step < steps; step++) {
+        _tile_loadd(4, S + 64 * step, panel.stride);
+        _tile_loadd(6, x + g * group + 1024 * step, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, x + (g + 1) * group + 1024 * step, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, S + 16 * panel.stride + 64 * step, panel.stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, out, across);
+      _tile_stored(1, out + 16, across);
+      _tile_stored(2, out + 16 * panel.width, across);
+      _tile_stored(3, out + 16 * panel.width + 16, across);
+    }
+}
+
+// y[t, top + r] = sums[r, t] + b[r], for up to 16 rows.
+AVX512 void put(const Panel& panel, const Layer& layer, int64_t r, int64_t top, int64_t rows,
+                int64_t tokens, char* y) {
+  alignas(64) float b[16] = {};
+  for (int64_t i = 0; i < rows; i++) b[i] = layer.bias_of(top + r + i);
+  const __m512 bias = _mm512_load_ps(b);
+  const __m512i at = _mm512_mullo_epi32(COUNTING, _mm512_set1_epi32(int(panel.width)));
+  const float* const from = panel.sums.data() + r * panel.width;
+  for (int64_t t = 0; t < tokens; t++) {
+    const __m512 sum = _mm512_add_ps(_mm512_i32gather_ps(at, from + t, 4), bias);
+    _mm256_mask_storeu_epi16(y + 2 * (t * layer.m + top + r), __mmask16(first(rows)),
+                             (__m256i)_mm512_cvtneps_pbh(sum));
+  }
+}
+
+void by_panels(const Layer& layer, int threads, const char* x, int64_t tokens, char* y) {
+  thread_local std::vector<char> room, low;
+  const int64_t groups = (tokens + 31) / 32 * 2, bytes = up(layer.n) / 2 * 64,
+                bytes_t = up(layer.k) / 2 * 64;
+  const int64_t high = 32 * std::clamp<int64_t>(layer.m / (32 * 4 * threads), 1, 4);
+  room.resize(groups * bytes);
+  low.assign(groups * bytes_t, 0);
+  char* const in = room.data();
+  char* const ts = low.data();
+#pragma omp parallel num_threads(threads)
+  {
+    const Share share;
+    thread_local Panel panel;
+    panel.reserve(high, std::max(layer.n, layer.k), 16 * groups);
+    const char* next_values[128];
+    set_tiles();
+    for (int64_t g = share.from(groups); g < share.to(groups); g++)
+      paired(x + 32 * g * layer.n, std::clamp<int64_t>(tokens - 16 * g, 0, 16), layer.n,
+             in + g * bytes);
+#pragma omp barrier
+    factors(layer, share, in, bytes, ts, bytes_t, groups);
+#pragma omp barrier
+    const int64_t panels = (layer.m + high - 1) / high;
+    for (int64_t p = share.from(panels); p < share.to(panels); p++) {
+      const int64_t top = p * high, rows = std::min(high, layer.m - top);
+      std::fill(panel.sums.begin(), panel.sums.end(), 0.0f);
+      for (int64_t i = 0; i < rows; i++) next_values[i] = layer.row(top + i).values;
+      for (int64_t c = 0; c < layer.n; c += WIDE) {
+        const int64_t columns = std::min(WIDE, layer.n - c);
+        for (int64_t i = 0; i < high; i++) {
+          char* const out = panel.rows + i * panel.stride;
+          if (i >= rows || columns % 32) std::memset(out, 0, 2 * up(columns));
+          if (i >= rows) continue;
+          Row row = layer.row(top + i);
+          row.values = next_values[i], row.at += c, row.n = columns;
+          next_values[i] =
+              (swift(row, 2) ? spread_avx512<2, SWIFT> : spread_avx512<2, SPARSE>)(row, out);
+        }
+        times_panel(panel, high, (columns + 31) / 32, in + c / 2 * 64, bytes, groups);
+      }
+      for (int64_t c = 0; c < layer.k; c += WIDE) {
+        const int64_t columns = std::min(WIDE, layer.k - c);
+        for (int64_t i = 0; i < high; i++) {
+          char* const out = panel.rows + i * panel.stride;
+          std::memset(out, 0, 2 * up(columns));
+          if (i < rows)
+            std::memcpy(out, layer.B + 2 * ((top + i) * layer.k + c), 2 * columns);
+        }
+        times_panel(panel, high, (columns + 31) / 32, ts + c / 2 * 64, bytes_t, groups);
+      }
+      for (int64_t r = 0; r < rows; r += 16)
+        put(panel, layer, r, top, std::min<int64_t>(16, rows - r), tokens, y);
     }
     release_tiles();
   }
@@ -704,16 +843,18 @@ void slr_few(int kind, int set_, int threads, int64_t tokens, int64_t m, int64_t
   const int64_t size = kind == F32 ? 4 : 2, most = set >= WITH_AVX512 ? 16 : 8;
   const Layer layer{Kind(kind), m, n, k, size, values, count, bits, starts, each, B, A, bias};
   threads = int(std::clamp<int64_t>(layer.entries() / SHARE, 1, threads));
-  for (int64_t from = 0; from < tokens; from += most) {
-    const int64_t some = std::min(most, tokens - from);
+  int64_t some = 0;
+  for (int64_t from = 0; from < tokens; from += some) {
     const char* const in = x + from * n * size;
     char* const out = y + from * m * size;
 #if defined(__x86_64__)
-    if (set == WITH_AMX && kind == BF16 && some > FEW) {
-      by_tiles(layer, threads, in, some, out);
+    if (set == WITH_AMX && kind == BF16 && tokens - from > FEW) {
+      some = std::min(MANY, tokens - from);
+      (some > 16 ? by_panels : by_tiles)(layer, threads, in, some, out);
       continue;
     }
 #endif
+    some = std::min(most, tokens - from);
     by_rows(layer, set, threads, in, some, out);
   }
 }

@@ -1,8 +1,8 @@
-"""Our own kernels for a CPU: y = S x + B (A x) + b for few tokens, and S unpacked, fast.
+"""Our own kernels for a CPU: y = S x + B (A x) + b, and S unpacked, fast.
 
-They are in ``native.cpp``: AVX-512 (VBMI2 and BF16), AVX2 and plain C++, chosen when they run, for
-any mask and shape, in bfloat16, float16 and float32.  A token is bound by the bytes that are read,
-so everything is read once and as it is stored.  Book: chapter 15.
+They are in ``native.cpp``: AMX, AVX-512 (VBMI2 and BF16), AVX2 and plain C++, chosen when they run,
+for any mask and shape, in bfloat16, float16 and float32.  A token is bound by the bytes that are
+read, so everything is read once and as it is stored.  Book: chapter 15.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slr.layer.compiled import SETS, library
 
-__all__ = ["DTYPES", "in_use", "missing", "multiply", "row_starts", "spread_"]
+__all__ = ["DTYPES", "in_use", "missing", "multiply", "row_starts", "spread_", "tiled"]
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as `Kind` in native.cpp
 
@@ -28,17 +28,25 @@ def missing() -> str:
     return library().missing
 
 
-def in_use() -> str:
-    """One line: what multiplies packed layers on this CPU.
+def tiled() -> bool:
+    """Whether they have matrix units here (AMX), which make many tokens fast in bfloat16.
 
-    >>> in_use().startswith("packed layers on this CPU: ")
+    >>> tiled() in (True, False)
+    True
+    """
+    return not missing() and SETS[library().best] == "amx"
+
+
+def in_use() -> str:
+    """What multiplies packed layers on this CPU, in a few words.
+
+    >>> in_use().split()[0] in ("slr's", "torch's")
     True
     """
     problem = missing()
     if problem:
-        return f"packed layers on this CPU: torch's operations, for {problem}"
-    threads = torch.get_num_threads()
-    return f"packed layers on this CPU: slr's kernels, {SETS[library().best]}, {threads} threads"
+        return f"torch's operations, for {problem}"
+    return f"slr's kernels, {SETS[library().best]}, {torch.get_num_threads()} threads"
 
 
 def row_starts(bitmask: Tensor, shape: tuple[int, int]) -> Tensor | None:
@@ -78,7 +86,8 @@ def multiply(
     """y = S x + B (A x) + b, S packed, nothing differentiated.
 
     Args:
-        x: (tokens, n), of :data:`DTYPES`; meant for up to 16 tokens, right for any number.
+        x: (tokens, n), of :data:`DTYPES`; meant for up to 16 tokens, or with matrix units for some
+            hundreds, right for any number.
         values: (kept,), the dtype of `x`, like all that follow.
         bitmask: uint8 (⌈m n / 8⌉,), of any mask.
         starts: from :func:`row_starts`.
@@ -89,7 +98,8 @@ def multiply(
     Returns:
         (tokens, m); sums are in float32, A x is rounded to the dtype.
 
-    Cost: reads values, bits and factors once for each 16 tokens (8 without AVX-512).
+    Cost: reads values, bits and factors once for each 16 tokens (8 without AVX-512, 512 on matrix
+        units).  Memory: on matrix units x once more, and two megabytes a thread.
 
     >>> bits, v, none = torch.tensor([6], dtype=torch.uint8), torch.tensor([3.0, 4.0]), None
     >>> multiply(torch.eye(2), v, bits, none, torch.ones(2, 1), torch.ones(1, 2), none).tolist()
