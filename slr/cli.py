@@ -252,15 +252,13 @@ def export_(
     model: opt.Folder,
     to: Annotated[str, typer.Option(help=" | ".join(FORMS))],
     out: opt.Out,
+    outtype: opt.Outtype = None,
     verify: opt.Verify = False,
 ) -> None:
     """Write a compressed model for other programs: base + LoRA adapter, or dense."""
     say(f"{model} -> {out}: {to}")
-    slr.export(model, out, to, verify=verify)
-    rows = [("weights", f"{megabytes(out):.1f} MB")]
-    if to == "peft":
-        rows.append(("adapter", f"{megabytes(out / 'adapter'):.1f} MB in {out / 'adapter'}"))
-    print(table(rows))
+    slr.export(model, out, to, outtype=outtype, verify=verify)
+    print(table(reports.exported(out)))
 
 
 @app.command("reproduce")

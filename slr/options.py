@@ -10,6 +10,7 @@ import torch
 import typer
 import yaml
 
+from slr.checkpoint.gguf_export import OUTTYPES
 from slr.matrix.pruners import PRUNERS
 from slr.matrix.refinement import SCHEDULES
 from slr.matrix.steps import REPAIRS
@@ -47,6 +48,10 @@ Out = Annotated[Path, Option(help="folder to make")]
 Device = Annotated[str, Option(help="auto | cpu | cuda")]
 Verify = Annotated[
     bool, Option("--verify", help="first compare every byte with the digests of the folder")
+]
+Outtype = Annotated[
+    str | None,
+    Option(help=f"with --to gguf: {' | '.join(OUTTYPES)} (default: f16; of 32-bit models f32)"),
 ]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 Fresh = Annotated[bool, Option("--fresh", help="start over instead of going on")]

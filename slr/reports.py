@@ -14,7 +14,18 @@ from slr.layer import native
 from slr.methods.system import System
 from slr.model.recipe import Recipe
 
-__all__ = ["describe", "foretell", "report", "told"]
+__all__ = ["describe", "exported", "foretell", "report", "told"]
+
+
+def exported(out: Path) -> list[tuple[str, str]]:
+    """The sizes of the files of an export, as rows of a table."""
+    rows = [(f.name, f"{f.stat().st_size / 1e6:.1f} MB") for f in sorted(out.glob("*.gguf"))]
+    if not rows:
+        rows.append(("weights", f"{megabytes(out):.1f} MB"))
+    adapter = out / "adapter"
+    if adapter.is_dir():
+        rows.append(("adapter", f"{megabytes(adapter):.1f} MB in {adapter}"))
+    return rows
 
 
 def foretell(found: Estimate, json_output: bool) -> None:

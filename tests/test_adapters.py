@@ -1,5 +1,7 @@
 """PEFT and compressed models: train, merge, take out again, save, load."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import slr
+from slr.checkpoint.exported import BASE
 from slr.checkpoint.folder import about
 
 peft = pytest.importorskip("peft")
@@ -194,3 +197,29 @@ def test_pefts_plain_layer_cannot_merge_into_the_void():
         wrapped.merge()
     assert torch.equal(layer.weight, torch.eye(4))
     assert isinstance(wrapped, nn.Module)
+
+
+def test_an_export_loads_from_any_folder_as_its_readme_says(small, tmp_path, monkeypatch):
+    recipe = slr.Recipe("magnitude", rank=20, iterations=2, overrides={"*.q_proj": {"rank": 3}})
+    slr.compress(small, recipe, out=tmp_path / "c")
+    slr.export(tmp_path / "c", tmp_path / "made", "peft")
+    (tmp_path / "made").rename(tmp_path / "moved")
+    text = (tmp_path / "moved" / "README.md").read_text(encoding="utf-8")
+    assert "--max-lora-rank 32" in text  # the next to 20 that vLLM has
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert code.count("this folder") == 1
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "c" / "config.json", tmp_path)  # of another model, in the way
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found: dict = {}
+    exec(code.replace("this folder", str(tmp_path / "moved")), found)
+    ours, theirs = slr.load(tmp_path / "c"), found["model"]
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+    near = logits(ours).abs().max() / 64  # in bfloat16 the two round at other places
+    assert (logits(theirs) - logits(ours)).abs().max() < near
+    assert torch.equal(logits(theirs.float()), logits(slr.load(tmp_path / "c", torch.float32)))
+    assert found["tokenizer"]("x").input_ids
+    for auto in (peft.AutoPeftModelForCausalLM, AutoModelForCausalLM):  # neither cwd nor the hub
+        with pytest.raises(OSError, match="Repo id must use") as refused:
+            auto.from_pretrained(tmp_path / "moved" / "adapter")
+        assert BASE in str(refused.value)

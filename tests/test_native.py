@@ -163,6 +163,29 @@ def test_the_operator_is_well_formed_and_compiles_without_a_break():
         assert torch.equal(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_whole_compressed_model_is_exported_by_torch(dynamic, tmp_path):
+    slr.compress("tiny", slr.Recipe("magnitude", rank=4, iterations=2), out=tmp_path / "c")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = slr.load(tmp_path / "c", dtype=torch.float32)
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    model = Logits().eval()
+    ids = torch.randint(4000, (2, 20))
+    batch, tokens = torch.export.Dim("batch", max=8), torch.export.Dim("tokens", min=20, max=256)
+    shapes = {"ids": {0: batch, 1: tokens}} if dynamic else None
+    with torch.no_grad():
+        program = torch.export.export(model, (ids,), dynamic_shapes=shapes)
+        for shape in ((2, 20), (3, 33)) if dynamic else ((2, 20),):
+            other = torch.randint(4000, shape)
+            assert torch.equal(program.module()(other), model(other))
+
+
 @pytest.mark.parametrize("pattern", ["2:4", 0.5, 0.7])
 def test_the_layer_uses_it_for_few_tokens(pattern, monkeypatch):
     W = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import slr
+from slr.checkpoint.exported import BASE
 from slr.checkpoint.exporting import export
 from slr.checkpoint.journal import Journal
 from slr.model.stream import FAMILIES, Stream
@@ -436,13 +437,13 @@ def test_an_export_goes_on_where_it_stopped(small, tmp_path, form):
     assert left == right
     if form == "peft":
         told = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-        assert told["base_model_name_or_path"] == ".."  # wherever the folder is moved
+        assert told["base_model_name_or_path"] == BASE
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"to": "onnx"}, "to 'onnx' is unknown; it must be one of peft, dense"),
+        ({"to": "onnx"}, "to 'onnx' is unknown; it must be one of peft, dense, gguf"),
         ({"to": "dense", "model": "dense"}, "is not compressed"),
         ({"to": "peft", "model": "pruned"}, "has no low-rank part"),
     ],

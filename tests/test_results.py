@@ -112,3 +112,16 @@ def test_induction_helps_magnitude_and_cannot_change_wanda():
         before, after = found[pattern, "none"], found[pattern, "both, start 1"]
         assert after["magnitude/none"] < before["magnitude/none"]
         assert after["wanda/none"] == pytest.approx(before["wanda/none"], rel=1e-3)
+
+
+def test_llama_cpp_computed_what_slr_does():
+    found = json.loads((MEASURED / "smollm2" / "llama_cpp.json").read_text())
+    rows = found["rows"]
+    assert all(row["texts of equal tokens"] == 6 for row in rows.values())
+    for outtype, most in (("f32", 1e-4), ("f16", 0.007)):
+        assert rows[outtype]["equal greedy"] == found["prompts"] == 8
+        assert rows[outtype]["log p"] < most
+    assert round(rows["q8_0"]["KL"], 3) == 0.004
+    assert round(rows["q4_0"]["KL"], 2) == 0.30
+    for outtype in ("q8_0", "q4_0"):  # llama.cpp's own part
+        assert round(rows[outtype]["KL, file"], 3) == 0.003

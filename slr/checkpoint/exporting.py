@@ -2,10 +2,12 @@
 
 - ``"peft"``: a dense checkpoint whose linears hold S, zeros included, and a LoRA adapter with B and
   A: what PEFT computes with it, S x + B (A x), is what :class:`slr.SLRLinear` computes.  As large
-  as the source on disk.  The adapter's base is ``..``, wherever the folder goes.
+  as the source on disk.  Its README.md says how to load the two.
 - ``"dense"``: S + B A multiplied out; a plain checkpoint, as large as the source.
+- ``"gguf"``: the same as ``"peft"`` for llama.cpp, see :mod:`slr.checkpoint.gguf_export`.
 
-Both are written block by block and appear whole; an export that was stopped goes on.
+All are written block by block and appear whole; an export that was stopped goes on, of ``"gguf"``
+after the last whole file.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slr.checkpoint import gguf_export
 from slr.checkpoint.digests import check_sums, fingerprint
+from slr.checkpoint.exported import BASE, peft_readme
 from slr.checkpoint.finish import WHOLE, add_small_files
 from slr.checkpoint.folder import resolve, shard_name
 from slr.checkpoint.journal import Journal
@@ -31,18 +35,23 @@ from slr.model.tensors import read_json
 
 __all__ = ["FORMS", "export"]
 
-FORMS = ("peft", "dense")
+FORMS = ("peft", "dense", "gguf")
 
 
 @torch.no_grad()
-def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False) -> Path:
+def export(
+    model: str | Path, out: str | Path, to: str, *, outtype: str | None = None,
+    verify: bool = False,
+) -> Path:  # fmt: skip
     """Write a compressed folder in another form.
 
     Args:
         model: a compressed folder.
         out: folder to make.  For ``"peft"`` it is the base checkpoint, and ``out/adapter`` the
-            adapter.
+            adapter; for ``"gguf"`` it holds ``base.gguf`` and ``adapter.gguf``.
         to: one of :data:`FORMS`.
+        outtype: for ``"gguf"``, the type of its matrices, see
+            :func:`slr.checkpoint.gguf_export.write`.
         verify: first compare every byte with the digests of the folder, see :func:`slr.verify`.
 
     Returns:
@@ -50,15 +59,18 @@ def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False)
 
     Raises:
         ValueError: unknown form, a folder that is not compressed, `out` taken; for ``"peft"`` a
-            model without low-rank parts.
-        ImportError: ``"peft"`` without the package.
+            model without low-rank parts; for ``"gguf"`` one that llama.cpp does not compute;
+            an `outtype` for another form.
+        ImportError: ``"peft"`` or ``"gguf"`` without the package.
 
-    Memory: a block, and for ``"peft"`` all factors.
+    Memory: a block, for ``"peft"`` all factors, for ``"gguf"`` the embedding.
     """
     import slr
 
     if to not in FORMS:
         raise ValueError(f"to {to!r} is unknown; it must be one of {', '.join(FORMS)}")
+    if outtype is not None and to != "gguf":
+        raise ValueError(f"outtype {outtype!r} has no effect with to={to!r}; leave it out")
     out, folder = target(out), resolve(model)
     if verify:
         check_sums(folder)
@@ -66,6 +78,9 @@ def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False)
     if stream.about is None:
         raise ValueError(f"folder {folder} is not compressed, so there is nothing to export")
     layers = stream.about["layers"]
+    key = {"slr": slr.__version__, "export": to, "source": fingerprint(folder)}
+    if to == "gguf":
+        return gguf_export.write(stream, out, outtype, key)
     if to == "peft":
         import peft  # noqa: F401
 
@@ -73,7 +88,6 @@ def export(model: str | Path, out: str | Path, to: str, *, verify: bool = False)
             raise ValueError(f"folder {folder} has no low-rank part; export it --to dense")
     total = len(stream.blocks) + 1
     files = {stream.block(i)[0]: shard_name(i, total) for i in range(total - 1)}
-    key = {"slr": slr.__version__, "export": to, "source": fingerprint(folder)}
     width = stream.dtype.itemsize
     dense = sum(width * la["shape"][0] * la["shape"][1] for la in layers.values())
     check_space(dense + sum(file.stat().st_size for file in stream.files.files), out)
@@ -132,9 +146,10 @@ def _adapter(journal: Journal, stream: Stream) -> None:
     config = LoraConfig(
         r=usual, lora_alpha=usual, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
         target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=others,
-        inference_mode=True, base_model_name_or_path="..",
+        inference_mode=True, base_model_name_or_path=BASE,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         text = (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
     journal.add_text("adapter/adapter_config.json", text)
+    journal.add_text("README.md", peft_readme(max(ranks.values())))

@@ -17,6 +17,7 @@ import json
 import reprlib
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -227,13 +228,20 @@ class Journal:
 
     def add(self, name: str, tensors: dict[str, Tensor], notes: object = None) -> None:
         """Write a safetensors file and enter it with `notes`."""
-        started = time.perf_counter()
         parts = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        file = self._begin(name)
-        write_atomically(
-            file, lambda at: save_file(parts, at, metadata={"format": "pt"}), self.scratch
+        self.add_file(
+            name, lambda at: save_file(parts, at, metadata={"format": "pt"}), sorted(parts), notes
         )
-        self.entries[name] = {"sha256": sha256(file), "tensors": sorted(parts), "notes": notes}
+
+    def add_file(
+        self, name: str, write: Callable[[Path], object], tensors: Sequence[str] = (),
+        notes: object = None,
+    ) -> None:  # fmt: skip
+        """Let `write` make a file at another path, and enter it with `notes`."""
+        started = time.perf_counter()
+        file = self._begin(name)
+        write_atomically(file, write, self.scratch)
+        self.entries[name] = {"sha256": sha256(file), "tensors": list(tensors), "notes": notes}
         self._write()
         self.bytes_written += file.stat().st_size
         self.seconds += time.perf_counter() - started
@@ -258,9 +266,10 @@ class Journal:
         copy = partial(shutil.copyfile, source)
         write_atomically(self._begin(source.name), copy, self.scratch)
 
-    def finish(self, config: str) -> Path:
+    def finish(self, config: str | None = None) -> Path:
         """Write ``config.json`` and the digests of all files, and give the folder its name."""
-        self.add_text(LAST, config)
+        if config is not None:
+            self.add_text(LAST, config)
         files = {f for name in self.names if (f := self.folder / name).is_file()}
         names = {str(file.relative_to(self.folder).as_posix()): file for file in files}
         known = {name: entry["sha256"] for name, entry in self.entries.items()}

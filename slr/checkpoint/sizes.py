@@ -144,7 +144,8 @@ def check_space(need: int, out: str | Path) -> None:
     while not parent.exists():
         parent = parent.parent
     part = Path(out).with_name(f"{Path(out).name}.partial")
-    done = sum(file.stat().st_size for file in part.rglob("*.safetensors"))
+    files = [*part.rglob("*.safetensors"), *part.rglob("*.gguf")]
+    done = sum(file.stat().st_size for file in files)
     free = shutil.disk_usage(parent).free
     if need - done > free:
         raise OSError(
