@@ -258,6 +258,7 @@ def decode(run: Run) -> None:
     options = ["--shapes", "tinyllama,llama-7b", "--new", "32", "--runs", "2"]
     if run.dry:
         options = ["--device", "cpu", "--shapes", "toy", "--new", "2", "--runs", "1"]
+        options += ["--rates", "1"]
     program(run, "decode", options, lambda rows: {"tokens/s": [r["tokens/s"] for r in rows]})
 
 

@@ -5,7 +5,8 @@
 
 One sequence is continued greedily with a static cache, eager and compiled (``generate`` compiles
 on a GPU only), all threads of a CPU at work.  The models take turns, and the best of some runs of
-each counts; the first is for warming up.  The weights are random, but for ``smollm2``; those of the
+each counts; the first is for warming up.  The floor is the bytes that a token reads, over the rate
+of bytes measured first.  The weights are random, but for ``smollm2``; those of the
 factors always are, for a multiplication takes as long whatever is multiplied.
 """
 
@@ -24,6 +25,9 @@ import slr
 from slr.checkpoint.named import place
 from slr.evaluate.origin import provenance
 from slr.layer import native
+
+sys.path.insert(0, str(Path(__file__).parent))  # however this file is run
+from linear import rates
 
 SHAPES = {  # as LlamaConfig wants them, whose defaults are LLaMA-7B's; and the rank, width / 32
     "llama-7b": ({}, 128),
@@ -93,6 +97,12 @@ def linear_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for m in layers for t in [*m.parameters(), *m.buffers()])
 
 
+def token_bytes(model: nn.Module) -> int:
+    """Of all that a token reads: the blocks, the norm behind them and the head."""
+    parts = (model.model.layers, model.model.norm, model.lm_head)
+    return sum(t.nbytes for part in parts for t in [*part.parameters(), *part.buffers()])
+
+
 def main() -> int:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,6 +111,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, help="default: 1/32 of the width")
     parser.add_argument("--new", type=int, default=64, help="tokens")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--rates", type=int, default=512, help="MiB copied for the rate of bytes")
     parser.add_argument("--out", type=Path, help="folder for decode.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -109,6 +120,7 @@ def main() -> int:
     shapes = args.shapes or ("llama-7b" if args.device == "cuda" else "smollm2,tinyllama")
     torch.manual_seed(0)
     origin, rows = provenance(), []  # before what is stored changes the repository
+    rate = rates(args.device, torch.bfloat16, args.rates << 20, 2048)
     for shape in shapes.split(","):
         rank = args.rank or SHAPES[shape][1]
         models = {"dense": build(shape, args.device)}
@@ -122,10 +134,12 @@ def main() -> int:
                     best[way] = min(best.get(way, took), took) if run > 1 else took
             for way, model in models.items():
                 row = {"shape": shape, "rank": rank, "way": way, "compiled": compiled}
-                row |= {"linear bytes": linear_bytes(model), "tokens/s": args.new / best[way]}
-                rows.append({**row, "speed-up": best["dense"] / best[way]})
+                row |= {"linear bytes": linear_bytes(model), "token bytes": token_bytes(model)}
+                row |= {"tokens/s": args.new / best[way], "speed-up": best["dense"] / best[way]}
+                floor = row["token bytes"] / rate["bytes GB/s"] / 1e9
+                rows.append({**row, "over floor": best[way] / args.new / floor})
                 print(rows[-1])
-            store(args.out, origin, rows)
+            store(args.out, {**origin, "rates": rate}, rows)
         del models
     return 0
 
