@@ -106,7 +106,7 @@ def test_the_layer_uses_it_when_named():
     assert layer.use_("triton").choice(1) == ("triton", "named")
     before = kernels.multiply
     calls = []
-    kernels.multiply = lambda *args: calls.append(len(args[0])) or before(*args)
+    kernels.multiply = lambda *args: calls.append(args[0].numel() // 40) or before(*args)
     try:
         with torch.no_grad():
             for shape in [(4, 40), (2, 2, 40)]:

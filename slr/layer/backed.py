@@ -128,9 +128,9 @@ class Backed(nn.Module):
             self.backend = "auto"
             self._prepare()
 
-    def _backend(self, flat: Tensor, values: Tensor) -> str:
-        """The backend for x (tokens, n) and the values as they are multiplied."""
-        name = self.few if flat.shape[0] <= self.most else self.many
+    def _backend(self, x: Tensor, values: Tensor) -> str:
+        """The backend for x (…, n) and the values as they are multiplied."""
+        name = self.few if x.numel() <= self.most * self.in_features else self.many
         changed = values.dtype != self.values.dtype  # autocast
         stale = name == "cusparselt" and not self.shared and self.values.requires_grad
-        return "dense" if changed or stale or flat.device != values.device else name
+        return "dense" if changed or stale or x.device != values.device else name

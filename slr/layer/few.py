@@ -22,7 +22,7 @@ def few_tokens(
     """y = S x + B (A x) + b, S packed.
 
     Args:
-        x: (tokens, n); meant for up to 16 tokens, right for any number.
+        x: (…, n); meant for up to 16 tokens, right for any number.
         values: (kept,), the dtype of `x`, like all that follow.
         bitmask: uint8 (⌈m n / 8⌉,).
         starts: from :func:`slr.layer.native.row_starts`.
@@ -32,7 +32,7 @@ def few_tokens(
         backend: ``"native"`` or ``"triton"``.
 
     Returns:
-        (tokens, m).  Gradients reach all but the bitmask.
+        (…, m).  Gradients reach all but the bitmask.
 
     Raises:
         ImportError: Triton is not installed.
@@ -62,7 +62,7 @@ def _few(
 
 @_few.register_fake
 def _(x, values, bitmask, starts, B, A, bias, two_four, backend):
-    return x.new_empty(x.shape[0], B.shape[0])
+    return x.new_empty(*x.shape[:-1], B.shape[0])
 
 
 def _remember(ctx, inputs, output) -> None:
@@ -72,13 +72,14 @@ def _remember(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    x, values, bitmask, B, A = ctx.saved_tensors
+    whole, values, bitmask, B, A = ctx.saved_tensors
+    x, grad = (t.reshape(-1, t.shape[-1]) for t in (whole, grad))
     want_x, want_values, _, _, want_B, want_A, want_bias, _, _ = ctx.needs_input_grad
     by_x, by_values = gradients(grad, x, values, bitmask, ctx.two_four, (want_x, want_values))
     by_t = grad @ B
     by_B = grad.T @ (x @ A.T) if want_B else None
     by_A = by_t.T @ x if want_A else None
-    by_x = None if by_x is None else by_x + by_t @ A
+    by_x = None if by_x is None else (by_x + by_t @ A).view(whole.shape)
     by_bias = grad.sum(0) if ctx.bias and want_bias else None
     return by_x, by_values, None, None, by_B, by_A, by_bias, None, None
 

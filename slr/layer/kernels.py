@@ -177,14 +177,14 @@ def multiply(
     """y = S x + B (A x) + b, S 2:4, by the kernels above; nothing is differentiated.
 
     Args:
-        x: (tokens, n), float16 or bfloat16; meant for up to 16 tokens, right for any number.
+        x: (…, n), float16 or bfloat16; meant for up to 16 tokens, right for any number.
         values: (m n / 2,), the dtype of `x`, like all that follow.
         bitmask: uint8 (⌈m n / 8⌉,).
         B, A: (m, k) and (k, n), k may be 0.
         bias: (m,).
 
     Returns:
-        (tokens, m).
+        (…, m).
 
     Raises:
         ImportError: Triton is not installed.
@@ -193,9 +193,9 @@ def multiply(
     """
     if jit is _without:
         raise ImportError("the triton backend needs triton: pip install triton")
-    tokens, n = x.shape
-    (m, k), one = B.shape, tokens == 1
-    y = x.new_empty(tokens, m)
+    (m, k), n = B.shape, x.shape[-1]
+    tokens = x.numel() // n
+    one, y = tokens == 1, x.new_empty(*x.shape[:-1], m)
     if tokens == 0:
         return y
     x, values, B, A = x.contiguous(), values.detach().contiguous(), B.contiguous(), A.contiguous()

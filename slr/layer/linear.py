@@ -268,21 +268,20 @@ class SLRLinear(Backed):
             cached = None if cached is None else cached.to(to)
         if x.dtype != values.dtype:
             raise ValueError(f"x has dtype {x.dtype}, but the layer {values.dtype}")
-        if len(A) and not values.numel():  # W = B A
+        if not values.numel() and self.rank:  # W = B A
             return linear(linear(x, A), B, bias)
-        flat = x.reshape(-1, n)
-        name = "cached" if cached is not None else self._backend(flat, values)
+        name = self._backend(x, values) if cached is None else ""
         if name in ("native", "triton"):
             S = (values, self.bitmask, self.starts)
-            y = few_tokens(flat, *S, B, A, bias, self.two_four, name)
-            return y.view(*x.shape[:-1], m)
+            return few_tokens(x, *S, B, A, bias, self.two_four, name)
+        flat = x.reshape(-1, n)
         if cached is not None:
             y = linear(flat, cached, bias)
         elif self.form is not None and name in ("cutlass", "cusparselt"):
             y = sparse_cores(flat, values, self.bitmask, self.form, bias, m, name)
         else:
             y = sparse_linear(flat, values, self.bitmask, bias, m, self.two_four)
-        if len(A):
+        if self.rank:
             y.addmm_(linear(flat, A), B.T.to(y.dtype))
         return y.view(*x.shape[:-1], m)
 

@@ -86,7 +86,7 @@ def multiply(
     """y = S x + B (A x) + b, S packed, nothing differentiated.
 
     Args:
-        x: (tokens, n), of :data:`DTYPES`; meant for up to 16 tokens, or with matrix units for some
+        x: (…, n), of :data:`DTYPES`; meant for up to 16 tokens, or with matrix units for some
             hundreds, right for any number.
         values: (kept,), the dtype of `x`, like all that follow.
         bitmask: uint8 (⌈m n / 8⌉,), of any mask.
@@ -96,7 +96,7 @@ def multiply(
         best: of :data:`~slr.layer.compiled.SETS`, to use no better instructions.
 
     Returns:
-        (tokens, m); sums are in float32, A x is rounded to the dtype.
+        (…, m); sums are in float32, A x is rounded to the dtype.
 
     Cost: reads values, bits and factors once for each 16 tokens (8 without AVX-512, 512 on matrix
         units).  Memory: on matrix units x once more, and two megabytes a thread.
@@ -105,13 +105,13 @@ def multiply(
     >>> multiply(torch.eye(2), v, bits, none, torch.ones(2, 1), torch.ones(1, 2), none).tolist()
     [[1.0, 5.0], [4.0, 1.0]]
     """
-    (m, k), (tokens, n), kept = B.shape, x.shape, values.numel()
-    y = x.new_empty(tokens, m)
+    (m, k), n, kept = B.shape, x.shape[-1], values.numel()
+    y = x.new_empty(*x.shape[:-1], m)
     if not (x.is_contiguous() and values.is_contiguous() and B.is_contiguous()
             and A.is_contiguous()):  # fmt: skip
         x, values, B, A = (t.contiguous() for t in (x, values, B, A))
     library().few(
-        DTYPES[x.dtype], _chosen(best), torch.get_num_threads(), tokens, m, n, k,
+        DTYPES[x.dtype], _chosen(best), torch.get_num_threads(), x.numel() // n, m, n, k,
         x.data_ptr(), values.data_ptr(), kept, bitmask.data_ptr(),
         None if starts is None else starts.data_ptr(), kept // m,
         B.data_ptr(), A.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
