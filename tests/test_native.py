@@ -207,7 +207,8 @@ def test_the_layer_uses_it_for_few_tokens(pattern, monkeypatch):
         slr.refine(W, slr.prune(W, "magnitude", pattern).mask, rank=4)
     )
     calls, before = [], native.multiply
-    monkeypatch.setattr(native, "multiply", lambda *a: calls.append(a[0].numel() // 64) or before(*a))
+    count = lambda *a: calls.append(a[0].numel() // 64) or before(*a)  # noqa: E731
+    monkeypatch.setattr(native, "multiply", count)
     x = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         dense = x @ layer.dense().T
