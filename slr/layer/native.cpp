@@ -80,7 +80,7 @@ inline uint32_t first(int64_t count) {
   return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
 }
 
-// The same where a row begins with a whole byte and has whole words.
+// The bits of the next 32 columns: all; of S; of S where rows begin with a byte and have whole words.
 template <int M>
 inline uint32_t bits_at(const Row& row, int64_t column) {
   if (M == PLAIN) return first(row.n - column);

@@ -17,11 +17,12 @@ from slr.layer.packing import blocks, keep
 __all__ = ["dense", "gradients", "sparse_linear"]
 
 
-def wants_operator(*tensors: Tensor | None) -> bool:
+def wants_operator(first: Tensor, *others: Tensor | None) -> bool:
     """Must torch see an operator?  When it differentiates or compiles, and for meta tensors."""
-    if torch.compiler.is_compiling() or any(t is not None and t.is_meta for t in tensors[:1]):
+    if torch.compiler.is_compiling() or first.is_meta:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    every = (first, *others)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in every)
 
 
 def sparse_linear(
