@@ -19,16 +19,13 @@ import slr
 import slr.options as opt
 from slr import reports
 from slr.checkpoint import conversion, named
-from slr.checkpoint.estimates import estimate
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
-from slr.checkpoint.work import look
 from slr.console import Commands, as_json, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
 from slr.model import data, distributed
-from slr.model.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +78,8 @@ def compress(
     update_mask: opt.UpdateMask = None,
     admm: opt.Admm = None,
     asymmetric: opt.Asymmetric = None,
+    values: opt.Values = None,
+    factors: opt.Factors = None,
     tune: opt.Tune = None,
     skip: opt.Skip = None,
     override: opt.Override = None,
@@ -101,21 +100,13 @@ def compress(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,
         iterations=iterations, schedule=schedule, tolerance=tolerance,
         update_mask=opt.mask_anew(update_mask, admm), asymmetric=asymmetric, tune=tune,
-        skip=skip, samples=samples, seqlen=seqlen, seed=seed,
+        values=values, factors=factors, skip=skip, samples=samples, seqlen=seqlen, seed=seed,
         overrides=dict(map(opt.parse_override, override or [])) or None,
     )  # fmt: skip
     recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config, preset)
     where, source = opt.device_of(device), _folder(model)
     say(f"{model} -> {out}: {reports.told(recipe)}, on {where}")
-    alone = isinstance(recipe, Recipe) and distributed.alone()[1] == 1
-    if dry_run and not alone:
-        raise ValueError("--dry-run is for a recipe, in one process")
-    going_on = (out.parent / f"{out.name}.partial").exists()
-    if dry_run or (alone and not going_on and megabytes(source) > opt.LARGE):
-        prospect = look(model, out, recipe, calibration=calibration, device=where)
-        reports.foretell(estimate(prospect), dry_run and json_output)
-        del prospect
-    if dry_run:
+    if reports.foretold(dry_run, source, recipe, json_output, model, out, calibration, where):
         return
     started, stages = time.perf_counter(), dict[str, float]()
     layers = slr.compress(

@@ -38,7 +38,6 @@ SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "'tiny', 'smollm2', a checkpoint folder, a GGUF file, or OWNER/NAME on the Hugging Face hub"
 
-LARGE = 50  # MB of a model whose compression is worth an estimate that is not asked for
 WINDOWS, LONGEST = 20, 1024  # of the embedded text in `slr eval`, if not told: windows and tokens
 
 Option = typer.Option
@@ -79,7 +78,7 @@ Steps = Annotated[
 Prune = Annotated[str | None, Option(help=f"{' | '.join(PRUNERS)} (default: wanda)")]
 PatternName = Annotated[
     str | None,
-    Option(help="2:4 (semi-structured), or a fraction to prune, 0.5 (default: 2:4)"),
+    Option(help="2:4 (semi-structured), a fraction to prune, 0.5, or dense (default: 2:4)"),
 ]
 Group = Annotated[str | None, Option(help="for a fraction: row | matrix (default: row)")]
 Refine = Annotated[
@@ -109,6 +108,16 @@ Asymmetric = Annotated[
         "--asymmetric",
         help="with --refine activations: ask each layer for what the dense model puts out there",
     ),
+]
+Values = Annotated[
+    str | None,
+    Option(
+        help="round what is kept to a grid, in one alternation with the repair: 'int4 by 64', "
+        "int8 (default: values stay as they are); with --pattern dense nothing is pruned"
+    ),
+]
+Factors = Annotated[
+    str | None, Option(help="with --values: grid of B and A, or float (default: int8)")
 ]
 Tune = Annotated[
     int | None,

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from slr.checkpoint.cards import far
-from slr.checkpoint.estimates import Estimate
+from slr.checkpoint.estimates import Estimate, estimate
 from slr.checkpoint.folder import about
 from slr.checkpoint.sizes import Summary, megabytes
+from slr.checkpoint.work import look
 from slr.console import as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
 from slr.layer import native
 from slr.methods.system import System
+from slr.model import distributed
 from slr.model.recipe import Recipe
 
-__all__ = ["describe", "exported", "foretell", "report", "told"]
+LARGE = 50  # MB of a model whose compression is worth an estimate that is not asked for
+__all__ = ["describe", "exported", "foretell", "foretold", "report", "told"]
 
 
 def exported(out: Path) -> list[tuple[str, str]]:
@@ -41,6 +44,21 @@ def foretell(found: Estimate, json_output: bool) -> None:
     )
 
 
+def foretold(
+    dry_run: bool, source: Path, recipe: Recipe | System, json_output: bool, model: str, out: Path,
+    calibration: str | None, device: str,
+) -> bool:  # fmt: skip
+    """Say what is to come, if that is asked for or may be long; whether that was all."""
+    alone = isinstance(recipe, Recipe) and distributed.alone()[1] == 1
+    if dry_run and not alone:
+        raise ValueError("--dry-run is for a recipe, in one process")
+    going_on = (out.parent / f"{out.name}.partial").exists()
+    if dry_run or (alone and not going_on and megabytes(source) > LARGE):
+        prospect = look(model, out, recipe, calibration=calibration, device=device)
+        foretell(estimate(prospect), dry_run and json_output)
+    return dry_run
+
+
 def told(recipe: Recipe | System) -> str:
     """A recipe in a few words."""
     if isinstance(recipe, System):
@@ -48,7 +66,9 @@ def told(recipe: Recipe | System) -> str:
     repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}
     after = repair.get(str(recipe.refine), f"refined by {recipe.refine}")
     before = "" if recipe.prepare == "none" else f"{recipe.prepare}, "
-    return f"{before}{recipe.prune} {recipe.pattern}, {after}"
+    values = getattr(recipe.refine, "values", None)
+    chosen = f"{recipe.prune} {recipe.pattern}" if recipe.pattern.density < 1 else "nothing pruned"
+    return f"{before}{chosen}, {f'values in {values}, ' if values else ''}{after}"
 
 
 def report(layers: list, times: dict, source: Path, out: Path, json_output: bool) -> None:

@@ -120,8 +120,9 @@ def _plain(name: str, block: nn.Module, to: str) -> dict[str, Tensor]:
         if not isinstance(layer, SLRLinear):
             continue
         full = f"{name}.{inner}"
-        for part in ("values", "bitmask", "B", "A"):
-            del tensors[f"{full}.{part}"]
+        for part in layer.state_dict():
+            if part != "bias":
+                del tensors[f"{full}.{part}"]
         S, B, A = layer.weight, layer.B.data, layer.A.data
         whole = S.float().addmm(B.float(), A.float()).to(S.dtype)
         tensors[f"{full}.weight"] = whole if to == "dense" else S
@@ -135,10 +136,10 @@ def _adapter(journal: Journal, stream: Stream) -> None:
     assert stream.about is not None
     ranks = {name: la["rank"] for name, la in stream.about["layers"].items() if la["rank"]}
     if "adapter/adapter_model.safetensors" not in journal:
-        names = [f"{name}.{part}" for name in ranks for part in "AB"]
         factors = {
-            f"base_model.model.{full[:-2]}.lora_{full[-1]}.weight": value
-            for full, value in stream.files.read(names).items()
+            f"base_model.model.{name}.lora_{part}.weight": stream.factor(name, part)
+            for name in ranks
+            for part in "AB"
         }
         journal.add("adapter/adapter_model.safetensors", factors)
     usual = Counter(ranks.values()).most_common(1)[0][0]

@@ -305,7 +305,6 @@ def _factors(stream: Stream, pairs: dict[str, tuple[Entry, Entry]]) -> Iterator[
     """A and B of one layer after the other."""
     heads = _heads(stream.config)
     for full in pairs:
-        read = stream.files.read([f"{full}.A", f"{full}.B"])
-        yield read[f"{full}.A"]
-        name, B = NAMES[full.split(".", 3)[3]], read[f"{full}.B"]
+        yield stream.factor(full, "A")
+        name, B = NAMES[full.split(".", 3)[3]], stream.factor(full, "B")
         yield interleave(B, heads[name]) if name in heads else B

@@ -16,6 +16,7 @@ import torch
 from slr.checkpoint.folder import resolve
 from slr.matrix.accounting import Account, matrix_account
 from slr.matrix.patterns import Pattern
+from slr.matrix.rounding import Grid
 from slr.model.blocks import decoder_blocks
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream, read_config
@@ -130,7 +131,23 @@ def bytes_after(stream: Stream, plan: list[dict[str, Recipe]]) -> int:
                 (m, n), recipe.pattern, recipe.rank or 0, dtype=stream.dtype, storage="bitmask"
             )
             size -= int(dense.bytes - small.bytes)
+            size -= _saved_by_codes((m, n), recipe, stream.dtype)
     return size
+
+
+def _saved_by_codes(shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype) -> int:
+    """Bytes that a layer of a recipe is smaller for its codes, beside one of floats."""
+    repair, (m, n) = recipe.refine.options(), shape
+    if repair.get("values") is None:
+        return 0
+    grid, wide, k = Grid.parse(repair["values"]), dtype.itemsize, recipe.rank or 0
+    kept = round(recipe.pattern.density * m * n)
+    groups = m * -(-n // (grid.group or n))
+    codes = kept * grid.bits / 8 + groups * (2 if grid.symmetric else 3)
+    saved = kept * wide - codes + (m * n / 8 if recipe.pattern.density == 1 else 0)
+    if repair.get("factors", "float") != "float":
+        saved += k * ((m + n) * (wide - 1) - 4)
+    return int(saved)
 
 
 def check_space(need: int, out: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A boolean mask as bits, lowest first: how it is stored, an eighth of a byte an entry.
+"""A boolean mask as bits, lowest first, an eighth of a byte an entry; codes as planes of bits.
 
 Book: chapter 2.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["pack_mask", "unpack_mask"]
+__all__ = ["pack_codes", "pack_mask", "unpack_codes", "unpack_mask"]
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -39,3 +39,34 @@ def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     every = (bits.unsqueeze(-1) >> places) & 1
     return every.flatten()[:count].bool().view(shape)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (count,) below 2^bits as uint8 (bits, ⌈count / 8⌉), a plane for each bit, lowest first.
+
+    For 8 bits they stay bytes, (1, count).
+
+    Cost: `bits` passes.
+
+    >>> pack_codes(torch.tensor([1, 2, 3], dtype=torch.uint8), 2).tolist()
+    [[5], [6]]
+    """
+    if bits == 8:
+        return codes[None].contiguous()
+    return torch.stack([pack_mask((codes >> bit) & 1 > 0) for bit in range(bits)])
+
+
+def unpack_codes(planes: Tensor, count: int) -> Tensor:
+    """The inverse of :func:`pack_codes`: uint8 (count,).
+
+    Cost: `bits` passes.
+
+    >>> unpack_codes(torch.tensor([[5], [6]], dtype=torch.uint8), 3).tolist()
+    [1, 2, 3]
+    """
+    if len(planes) == 1:
+        return planes[0]
+    codes = torch.zeros(count, dtype=torch.uint8, device=planes.device)
+    for bit, plane in enumerate(planes):
+        codes += unpack_mask(plane, (count,)).to(torch.uint8) << bit
+    return codes

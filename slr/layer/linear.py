@@ -119,8 +119,8 @@ class SLRLinear(Backed):
             bias: (m,).
             pattern: for the record.
         """
-        S, B, A, _trace, mask = refined
-        return cls(S, B, A, bias, mask=mask, pattern=pattern)
+        S, B, A = refined[:3]
+        return cls(S, B, A, bias, mask=refined.mask, pattern=pattern)
 
     @classmethod
     def from_linear(
@@ -208,6 +208,21 @@ class SLRLinear(Backed):
             except ValueError as error:
                 errors: list[str] = args[-1]
                 errors.append(f"{prefix.rstrip('.')}: {error}")
+
+    @property
+    def kept(self) -> int:
+        """How many entries S keeps."""
+        return self.values.numel()
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it is a placeholder."""
+        return self.values.is_meta
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of S and of what is computed."""
+        return self.values.dtype
 
     @property
     def rank(self) -> int:

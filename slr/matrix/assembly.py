@@ -78,7 +78,8 @@ def in_units(weight: Tensor, metric: Metric, solve: Callable[..., Refined]) -> R
     small = weight.to(working(weight)) / unit
     found = solve(small, metric, unit)
     trace = tuple(Step(step.rank, step.error * unit * loud) for step in found.trace)
-    large = Refined(found.sparse * unit, found.B * unit, found.A, trace, found.mask)
+    coded = None if found.coded is None else found.coded.times(unit)
+    large = Refined(found.sparse * unit, found.B * unit, found.A, trace, found.mask, coded)
     return _stored(large, weight)
 
 
@@ -100,7 +101,7 @@ def _stored(found: Refined, weight: Tensor) -> Refined:
                 f"weight reaches {float(weight.abs().amax()):.3g}, and its sparse and low-rank "
                 f"parts do not fit {weight.dtype}; give it in float32, or scale it down"
             )
-    return Refined(S, B, A, found.trace, found.mask)
+    return Refined(S, B, A, found.trace, found.mask, found.coded)
 
 
 def assemble(

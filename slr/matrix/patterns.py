@@ -25,6 +25,7 @@ from slr.matrix.checks import check_finite
 __all__ = ["NM", "Pattern", "Unstructured", "parse"]
 
 BY_MATRIX = " by matrix"
+DENSE = "dense"
 
 
 def _checked_scores(scores: Tensor) -> Tensor:
@@ -216,7 +217,8 @@ def parse(text: str | float | Pattern, group: str | None = None) -> Pattern:
 
     Args:
         text: ``"2:4"`` (semi-structured: n kept of every m), ``"0.5"`` or ``0.5`` (unstructured:
-            the fraction pruned), ``"0.5 by matrix"``, or a pattern, which is returned as it is.
+            the fraction pruned), ``"0.5 by matrix"``, ``"dense"`` (nothing is), or a pattern,
+            which is returned as it is.
         group: ``"row"`` (the default) or ``"matrix"``, for a fraction.
 
     Raises:
@@ -246,11 +248,13 @@ def _parse(text: str, group: str) -> Pattern:
     nm = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     if nm:
         return NM(int(nm[1]), int(nm[2]))
+    if text == DENSE:
+        return Unstructured(0.0)
     number, by, _ = text.partition(BY_MATRIX)
     try:
         sparsity = float(number)
     except ValueError:
         raise ValueError(
-            f"pattern {text!r} is neither n:m (as 2:4) nor a fraction to prune (as 0.5)"
+            f"pattern {text!r} is neither n:m (as 2:4) nor a fraction to prune (as 0.5) nor dense"
         ) from None
     return Unstructured(sparsity, "matrix" if by else group)

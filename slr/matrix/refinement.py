@@ -36,8 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slr.matrix.alternation import refine_rounded
 from slr.matrix.assembly import assemble, in_units, working
-from slr.matrix.checks import check_count, check_mask, check_matrix, check_rank
+from slr.matrix.checks import check_count
 from slr.matrix.filled import (
     POLISH,
     RANGE,
@@ -48,11 +49,12 @@ from slr.matrix.filled import (
     row_blocks,
     svd_pays,
 )
-from slr.matrix.gram import best_low_rank, refine_gram
-from slr.matrix.lowrank import truncated_svd
-from slr.matrix.metric import Diagonal, Gram, Identity, Metric
+from slr.matrix.gram import refine_gram
+from slr.matrix.metric import Gram, Metric
+from slr.matrix.oneshot import posed, scales, svd_repair
 from slr.matrix.patterns import Pattern, parse
 from slr.matrix.result import Refined, Step
+from slr.matrix.rounding import Grid, as_grid
 
 __all__ = ["SCHEDULES", "SEARCHES", "SOLVERS", "ramp", "refine", "svd_repair"]
 
@@ -79,60 +81,9 @@ def ramp(rank: int, iterations: int) -> list[int]:
 
 
 @torch.no_grad()
-def svd_repair(
-    weight: Tensor,
-    mask: Tensor,
-    rank: int,
-    metric: Metric | None = None,
-    *,
-    sparse: Tensor | None = None,
-) -> Refined:
-    """The one-shot baseline: prune, then the best rank-k approximation of what was pruned.
-
-    Args:
-        weight: (…, m, n), any float dtype.
-        mask: bool (…, m, n), True = kept.
-        rank: from 1 to min(m, n).
-        metric: what "best" means; ``Gram(H)`` gives EoRA's repair.
-        sparse: what pruning left, if it moved the kept weights (SparseGPT); weight on the mask
-            by default.
-
-    Returns:
-        :class:`Refined` with `sparse` as given, in the dtype of `weight`.
-
-    Raises:
-        ValueError, TypeError: as :func:`refine`.
-
-    Cost: one SVD, O(m n min(m, n)); with ``Gram`` also a Cholesky factor of H.
-    Source: the SVD baseline of the paper; Liu et al. 2024 (EoRA).
-
-    >>> W = torch.tensor([[4.0, 1.0], [2.0, 5.0]])
-    >>> svd_repair(W, W > 3, 1).error  # off-diagonal [[0, 1], [2, 0]] keeps its 2
-    1.0
-    """
-    metric, weight = _check(weight, mask, rank, metric)
-    if sparse is not None and (sparse.shape != weight.shape or bool(sparse[~mask].any())):
-        raise ValueError("sparse must have the shape of weight and be zero off the mask")
-    kept = weight * mask if sparse is None else sparse.detach()
-    return in_units(weight, metric, lambda W, M, unit: _one_shot(W, mask, M, rank, kept / unit))
-
-
-def _one_shot(weight: Tensor, mask: Tensor, metric: Metric, rank: int, kept: Tensor) -> Refined:
-    """The repair of what `kept` leaves."""
-    rest = weight.to(working(weight)) - kept
-    if isinstance(metric, Gram):
-        B, A = best_low_rank(rest, metric, rank)
-    else:
-        scale, back = _scales(metric, rest)
-        B, A = truncated_svd(rest * scale, rank).factors()
-        A = A * back
-    return assemble(weight, mask, (B, A), [], metric, lambda rows: kept[..., rows, :])
-
-
-@torch.no_grad()
 def refine(
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     rank: int,
     *,
     iterations: int = 50,
@@ -144,15 +95,19 @@ def refine(
     search_dtype: torch.dtype | None = None,
     update_mask: Pattern | str | None = None,
     search: str = "score",
+    grid: Grid | str | None = None,
+    factors: Grid | str | None = None,
 ) -> Refined:
     """Refine a pruned matrix, or a stack of them, into sparse + low rank.
+
+    The set that S has to lie in is a mask, or a grid of a few bits, or both.
 
     Args:
         weight: (m, n) = (out, in) or (batch, m, n), dense, before pruning; never modified.
         mask: bool, same shape, True = kept (a kept weight may well be zero).  It may be that of
             another matrix, say of a model that was fine-tuned from this one: then this is what
             the authors' code does with a reference model, whose weight is `weight`.
-        rank: k of the low-rank part, from 1 to min(m, n).
+        rank: k of the low-rank part, from 1 to min(m, n); with a `grid` also 0.
         iterations: T, at least 1.
         metric: how errors are weighed; ``None`` is ``Identity()``, the paper, data-free.
         solver: ``"fast"`` or ``"exact"``.  (``Gram`` has one solver of its own.)
@@ -171,6 +126,9 @@ def refine(
         search: how: in the first half of the iterations by the ``"score"`` |W - B A| √diag(H), or
             by ``"admm"`` (:mod:`slr.matrix.admm`) in the first eight ninths, which then are not in
             the trace.
+        grid: of the values of S, as ``"int4 by 64"``: see :mod:`slr.matrix.alternation`.  With
+            `update_mask` the mask is chosen first, as if there were none.
+        factors: with a `grid`: that of B, by columns, and A, by rows, as ``"int8"``.
 
     Returns:
         :class:`Refined` in the dtype of `weight`, computed in float32 (float64 for float64).
@@ -201,7 +159,9 @@ def refine(
     True
     """
     iterations = _check_choices(iterations, solver, schedule, tolerance)
-    metric, weight = _check(weight, mask, rank, metric)
+    grid, factors = as_grid(grid), as_grid(factors)
+    _check_grids(grid, factors, mask, solver, schedule, tolerance)
+    metric, weight = posed(weight, mask, rank, metric, coded=grid is not None)
     if update_mask is not None and not isinstance(metric, Gram):
         raise ValueError("update_mask needs metric=Gram(…)")
     if search not in SEARCHES:
@@ -209,6 +169,15 @@ def refine(
     if search != "score" and update_mask is None:
         raise ValueError(f"search={search!r} needs update_mask, a pattern")
     generator = generator or torch.Generator(weight.device).manual_seed(0)
+    if grid is not None:
+        if update_mask is not None and mask is not None:
+            mask = refine(
+                weight, mask, max(rank, 1), iterations=iterations, metric=metric,
+                generator=generator, update_mask=update_mask, search=search,
+            ).mask  # fmt: skip
+        codes = {"factors": factors, "iterations": iterations, "generator": generator}
+        return in_units(weight, metric, lambda W, M, _: _by_codes(W, mask, M, rank, grid, **codes))
+    assert mask is not None
     if isinstance(metric, Gram):
         pattern = None if update_mask is None else parse(update_mask)
         limits = {"iterations": iterations, "tolerance": tolerance, "search": search}
@@ -231,6 +200,18 @@ def refine(
     )  # fmt: skip
 
 
+def _by_codes(
+    weight: Tensor, mask: Tensor | None, metric: Metric, rank: int, grid: Grid, **options: Any
+) -> Refined:
+    """Refine with S on a grid."""
+    found = refine_rounded(weight.float(), mask, metric, rank, grid, **options)
+    kept = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    made = assemble(
+        weight, kept, (found.B, found.A), found.steps, metric, lambda rows: found.sparse[rows]
+    )
+    return made._replace(coded=found.coded)
+
+
 def _by_outputs(
     weight: Tensor, mask: Tensor, metric: Metric, rank: int, update_mask: Pattern | None,
     generator: torch.Generator, **limits: Any,
@@ -249,7 +230,7 @@ def _by_weights(
     generator: torch.Generator, search: torch.dtype | None, **limits: Any,
 ) -> Refined:  # fmt: skip
     """Refine in the other metrics; what is no better than one SVD is done again, exactly."""
-    scale, back = _scales(metric, weight.new_empty((), dtype=working(weight)))
+    scale, back = scales(metric, weight.new_empty((), dtype=working(weight)))
     filled = Filled(weight, mask, scale, working(weight))
     leading = FullSVD(filled, rank) if exact else Subspace(filled, rank, generator, search)
     if leading.range > RANGE and weight.device.type in ("cpu", "cuda"):  # which have float64
@@ -327,24 +308,24 @@ def _check_choices(iterations: int, solver: str, schedule: str, tolerance: float
     return int(iterations)
 
 
-def _check(weight: Tensor, mask: Tensor, rank: int, metric: Metric | None) -> tuple[Metric, Tensor]:
-    """Raise unless the problem is well posed; the metric, and the weight without its history."""
-    check_matrix("weight", weight, batch=True)
-    check_mask(mask, weight)
-    check_rank(rank, weight.shape[-2:])
-    metric = Identity() if metric is None else metric
-    if not isinstance(metric, Identity | Diagonal | Gram):
-        raise TypeError(f"metric is {metric!r}; it must be Identity(), Diagonal(d) or Gram(H)")
-    metric.check(weight.shape[-1])
-    if isinstance(metric, Gram) and weight.ndim != 2:
-        raise ValueError("Gram refines one matrix at a time, but weight is a stack")
-    return metric, weight.detach()
-
-
-def _scales(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Column scales of a Diagonal metric and their inverse, 0 for a silent channel; else ones."""
-    if not isinstance(metric, Diagonal):
-        one = like.new_ones(())
-        return one, one
-    scale = metric.scale.to(like.device, like.dtype)
-    return scale, (scale > 0) / torch.where(scale > 0, scale, 1)
+def _check_grids(
+    grid: Grid | None, factors: Grid | None, mask: Tensor | None, solver: str, schedule: str,
+    tolerance: float,
+) -> None:  # fmt: skip
+    """Raise ValueError for an option without effect."""
+    if grid is None:
+        if factors is not None:
+            raise ValueError(f"factors={str(factors)!r} has no effect without grid")
+        if mask is None:
+            raise ValueError("mask is None; give a mask (bool, True where kept), a grid, or both")
+        return
+    if factors is not None and factors.group is not None:
+        raise ValueError(f"factors is {factors}; their grid is of whole rows, as int8")
+    given = (
+        ("solver", solver, "fast"),
+        ("schedule", schedule, "paper"),
+        ("tolerance", tolerance, 0),
+    )
+    for name, value, default in given:
+        if value != default:
+            raise ValueError(f"{name}={value!r} has no effect with a grid; leave it out")

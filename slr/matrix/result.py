@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Refined", "Step"]
+from slr.matrix.rounding import Rounded
+
+__all__ = ["Coded", "Refined", "Step"]
 
 
 class Step(NamedTuple):
@@ -24,11 +26,27 @@ class Step(NamedTuple):
     error: float
 
 
+class Coded(NamedTuple):
+    """The parts as codes of a few bits: `sparse` (m, n), right on the mask, Bᵀ (k, m) and A (k, n).
+
+    B and A are ``None`` where they are not rounded.
+    """
+
+    sparse: Rounded
+    B: Rounded | None = None
+    A: Rounded | None = None
+
+    def times(self, unit: float) -> Coded:
+        """S and B times a power of two."""
+        return Coded(self.sparse.times(unit), self.B and self.B.times(unit), self.A)
+
+
 class Refined(NamedTuple):
     """W ≈ sparse + B A.
 
     `sparse` (…, m, n) is zero off `mask`, which is True where kept; `B` is (…, m, k) and `A`
-    (…, k, n); `trace` has one :class:`Step` an iteration, and last the result's own.
+    (…, k, n); `trace` has one :class:`Step` an iteration, and last the result's own.  `coded` is
+    what is stored, where that is codes: then the others are its values.
     """
 
     sparse: Tensor
@@ -36,6 +54,7 @@ class Refined(NamedTuple):
     A: Tensor
     trace: tuple[Step, ...]
     mask: Tensor
+    coded: Coded | None = None
 
     @property
     def error(self) -> float:

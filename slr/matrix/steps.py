@@ -9,7 +9,7 @@ Book: chapter 5.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from slr.matrix.pruners import PRUNERS, Known, Pruner, Statistic, Step, Task
 from slr.matrix.pruning import Pruned
 from slr.matrix.refinement import SCHEDULES, refine, svd_repair
 from slr.matrix.result import Refined
+from slr.matrix.rounding import Grid, as_grid
 from slr.matrix.statistics import GramStatistic, NormStatistic
 
 __all__ = [
     "PCP", "PRUNERS", "REPAIRS", "SVD", "Compressed", "EoRA", "Known", "NoRepair", "Outputs",
-    "Repair", "ScaledWeights", "Weights", "prune_and_repair",
+    "Repair", "Rounding", "ScaledWeights", "Weights", "prune_and_repair",
 ]  # fmt: skip
 
 
@@ -89,16 +90,40 @@ class Iterated(Repair):
     Args:
         iterations: at most so many.
         tolerance: stop when an iteration lowers the error by less than this share of it.
+        values: grid that the values of S are to lie on, as ``"int4 by 64"``; see
+            :mod:`slr.matrix.alternation`.
+        factors: with `values`, that of B and A, ``"int8"`` by default; ``"float"`` leaves them.
     """
 
     iterations: int = 50
     tolerance: float = 0.0
+    values: str | None = None
+    factors: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("iterations", self.iterations)
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance is {self.tolerance}; it must be from 0 to below 1")
+        if self.values is None:
+            if self.factors is not None:
+                raise ValueError(f"factors={self.factors!r} has no effect without values")
+            return
+        if self.tolerance:
+            raise ValueError(f"tolerance {self.tolerance:g} has no effect with values on a grid")
+        object.__setattr__(self, "values", str(as_grid(self.values)))
+        factors = "int8" if self.factors is None else str(self.factors)
+        if factors != "float" and Grid.parse(factors).group is not None:
+            raise ValueError(f"factors is {factors!r}; their grid is of whole rows, as int8")
+        object.__setattr__(self, "factors", factors)
+
+    def _grids(self) -> dict[str, Any]:
+        """Of :func:`slr.refine`."""
+        if self.values is None:
+            return {}
+        return {
+            "grid": self.values, "factors": None if self.factors == "float" else self.factors
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,13 +149,15 @@ class Weights(Iterated):
                 f"tolerance {self.tolerance:g} has no effect with schedule='paper', whose ramp is "
                 "run to its end; leave it out or give schedule='accelerated'"
             )
+        if self.values is not None and self.schedule != "paper":
+            raise ValueError(f"schedule={self.schedule!r} has no effect with values on a grid")
 
     def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.refine`."""
         return refine(
             task.weight, pruned.mask, self._definite(), metric=self._metric(task.known),
             iterations=self.iterations, schedule=self.schedule, tolerance=self.tolerance,
-            generator=task.generator,
+            generator=task.generator, **self._grids(),
         )  # fmt: skip
 
 
@@ -179,11 +206,12 @@ class Outputs(Iterated):
 
     def __call__(self, task: Task, pruned: Pruned) -> Refined:
         """See :func:`slr.refine`."""
+        anew = bool(self.update_mask) and task.pattern.density < 1
         return refine(
             task.weight, pruned.mask, self._definite(), metric=self._metric(task.known),
             iterations=self.iterations, tolerance=self.tolerance, generator=task.generator,
-            update_mask=task.pattern if self.update_mask else None,
-            search="admm" if self.update_mask == "admm" else "score",
+            update_mask=task.pattern if anew else None,
+            search="admm" if anew and self.update_mask == "admm" else "score", **self._grids(),
         )  # fmt: skip
 
 
@@ -246,8 +274,30 @@ class NoRepair(Step):
         return task.weight
 
 
+@dataclass(frozen=True)
+class Rounding(NoRepair):
+    """What stays is rounded with the outputs in view (GPTQ, Frantar et al. 2023): no B A.
+
+    Args:
+        values: the grid, as ``"int4 by 64"``.
+    """
+
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[Statistic] = GramStatistic
+    values: str = "int4 by 64"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", str(as_grid(self.values)))
+
+    def __call__(self, task: Task, pruned: Pruned) -> Refined:
+        """See :func:`slr.refine`."""
+        assert task.known.gram is not None
+        metric = Gram(task.known.gram)
+        return refine(task.weight, pruned.mask, 0, grid=self.values, metric=metric)
+
+
 REPAIRS: dict[str, type[Repair] | type[NoRepair]] = {
-    c.name: c for c in (Weights, ScaledWeights, Outputs, SVD, EoRA, PCP, NoRepair)
+    c.name: c for c in (Weights, ScaledWeights, Outputs, SVD, EoRA, PCP, Rounding, NoRepair)
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slr.layer.linear import SLRLinear
+from slr.layer.rounded import layer_of
 from slr.matrix.filled import row_blocks
 from slr.matrix.metric import relative
 from slr.matrix.pruners import Known, Magnitude
@@ -24,6 +25,7 @@ from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import Compressed, prune_and_repair
 from slr.model import distributed
 from slr.model.calibrate import BlockInputs, observe
+from slr.model.format import grids
 from slr.model.heldout import HeldOut
 from slr.model.recipe import Recipe
 from slr.model.streams import look, stages
@@ -49,7 +51,8 @@ class LayerReport(NamedTuple):
     that it moved included;
     `output_error` is ‖(W - S - B A) X‖_F / ‖W X‖_F on the calibration text, if the recipe needed
     the second moments of X, and with ``asymmetric`` what was aimed at stands for W; `rank` is 0
-    without a repair; `kept` counts the entries of S; `seconds` is wall time.
+    without a repair; `kept` counts the entries of S; `grid` and `factors` are those of values and
+    factors that are codes; `seconds` is wall time.
     """
 
     name: str
@@ -62,10 +65,13 @@ class LayerReport(NamedTuple):
     error: float
     output_error: float | None
     seconds: float
+    grid: str | None = None
+    factors: str | None = None
 
     def stored(self) -> dict:
         """All but name and time, which would make equal results differ."""
-        return {k: v for k, v in self._asdict().items() if k not in ("name", "seconds")}
+        told = {k: v for k, v in self._asdict().items() if k not in ("name", "seconds")}
+        return {k: v for k, v in told.items() if v is not None or k not in ("grid", "factors")}
 
 
 def compress_layer(
@@ -147,7 +153,7 @@ def compress_block(
                 full, linear, recipe, known.pop(inner), seed + numbers[inner], numbers[inner]
             )
             bias = None if linear.bias is None else linear.bias.data
-            layer = SLRLinear.from_refined(refined, bias, pattern=recipe.pattern)
+            layer = layer_of(refined, bias, pattern=recipe.pattern)
             made[inner] = layer
             if held is None and not beside:
                 block.set_submodule(inner, layer)
@@ -188,8 +194,8 @@ def report(name: str, layer: SLRLinear, errors: Errors, seconds: float) -> Layer
     """The report of a layer, from itself and its errors."""
     shape, pattern = (layer.out_features, layer.in_features), layer.pattern
     return LayerReport(
-        name, shape, None if pattern is None else str(pattern), layer.rank, layer.values.numel(),
-        layer.bias is not None, *errors, seconds,
+        name, shape, None if pattern is None else str(pattern), layer.rank, layer.kept,
+        layer.bias is not None, *errors, seconds, *map(grids(layer).get, ("grid", "factors")),
     )  # fmt: skip
 
 

@@ -12,9 +12,19 @@ from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.pruners import Pruner, step_of
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
 
-__all__ = ["STEPS", "plain", "regrouped", "repair_of"]
+__all__ = ["STEPS", "check_names", "plain", "regrouped", "repair_of"]
 
 STEPS = ("prune", "pattern", "refine")
+
+
+def check_names(skip: Any, overrides: Any) -> None:
+    """Raise TypeError unless these are a list of names, and options by name."""
+    if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
+        raise TypeError(f"skip is {skip!r}; it must be a list of names")
+    if not isinstance(overrides, Mapping) or not all(
+        isinstance(name, str) and isinstance(wanted, Mapping) for name, wanted in overrides.items()
+    ):
+        raise TypeError(f"overrides is {overrides!r}; it must map names to options")
 
 
 def repair_of(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:

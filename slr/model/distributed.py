@@ -154,9 +154,9 @@ def share(
     for part in (S, B, A, bits):
         if part.numel():
             dist.broadcast(part.data, owner)
-    box = [errors]
+    box = [errors, None if refined is None else refined.coded]
     dist.broadcast_object_list(box, owner)
-    return Refined(S.data, B.data, A.data, (), bits.bool()), box[0]
+    return Refined(S.data, B.data, A.data, (), bits.bool(), box[1]), box[0]
 
 
 @contextmanager

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from slr.layer.linear import SLRLinear
+from slr.layer.rounded import RoundedLinear
 
-__all__ = ["FORMAT", "NAME", "About", "describe", "disguise", "notes", "place", "reveal",
+__all__ = ["FORMAT", "NAME", "About", "describe", "disguise", "grids", "notes", "place", "reveal",
            "state_dict"]  # fmt: skip
 
 FORMAT = 2
@@ -29,6 +30,7 @@ NAME = "slr"
 HIDDEN = ("model_type", "num_hidden_layers")
 SENTENCE = "this checkpoint is compressed: `import slr` before loading it (pip install slr)"
 FACTS = ("shape", "rank", "kept", "bias", "pattern")  # of a layer, as its module has them
+GRIDS = ("grid", "factors")  # of one with codes
 
 
 class About(dict):
@@ -102,10 +104,19 @@ def describe(model: nn.Module, before: dict[str, dict]) -> dict[str, dict]:
             )
         pattern = None if layer.pattern is None else str(layer.pattern)
         shape = [layer.out_features, layer.in_features]
-        facts = (shape, layer.rank, layer.values.numel(), layer.bias is not None, pattern)
+        facts = (shape, layer.rank, layer.kept, layer.bias is not None, pattern)
         unknown = dict.fromkeys(("pruned_error", "error", "output_error"))
-        found[name] = {**unknown, **before.get(name, {}), **dict(zip(FACTS, facts, strict=True))}
+        told = {k: v for k, v in before.get(name, {}).items() if k not in GRIDS}
+        found[name] = {**unknown, **told, **dict(zip(FACTS, facts, strict=True)), **grids(layer)}
     return found
+
+
+def grids(layer: SLRLinear) -> dict[str, str]:
+    """The grids of a layer with codes, by name; none for others."""
+    if not isinstance(layer, RoundedLinear):
+        return {}
+    found = {"grid": layer.grid, "factors": layer.factors}
+    return {name: str(grid) for name, grid in found.items() if grid is not None}
 
 
 def place(model: nn.Module, layers: dict[str, dict], dtype: torch.dtype) -> None:
@@ -113,7 +124,8 @@ def place(model: nn.Module, layers: dict[str, dict], dtype: torch.dtype) -> None
 
     Args:
         model: with `nn.Linear` on the meta device.
-        layers: by name, with ``shape``, ``rank``, ``kept``, ``bias`` and ``pattern``.
+        layers: by name, with ``shape``, ``rank``, ``kept``, ``bias`` and ``pattern``, and perhaps
+            ``grid`` and ``factors``.
 
     Raises:
         ValueError: the model has no linear layer of such a name and shape.
@@ -126,13 +138,10 @@ def place(model: nn.Module, layers: dict[str, dict], dtype: torch.dtype) -> None
                 f"config.json describes the layer {name} of shape {(m, n)}, but "
                 f"{type(model).__name__} has there {dense}"
             )
-        model.set_submodule(
-            name,
-            SLRLinear.placeholder(
-                (m, n), layer["rank"], layer["kept"], layer["bias"], dtype,
-                pattern=layer["pattern"],
-            ),
-        )  # fmt: skip
+        wanted = {name: layer[name] for name in ("pattern", *GRIDS) if name in layer}
+        make = RoundedLinear.room if "grid" in layer else SLRLinear.placeholder
+        room = make((m, n), layer["rank"], layer["kept"], layer["bias"], dtype, **wanted)
+        model.set_submodule(name, room)
 
 
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

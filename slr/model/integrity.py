@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["check_files", "check_filled", "named_as_in"]
 
-PACKED = ("values", "bitmask", "B", "A")
+PACKED = (
+    "values", "bitmask", "B", "A", "codes", "scale", "zero", "B_codes", "B_scale", "A_codes",
+    "A_scale",
+)  # fmt: skip
 
 
 def _rename(model: PreTrainedModel, name: str, known: Container[str]) -> str | None:
@@ -138,7 +141,7 @@ def check_filled(model: nn.Module) -> None:
         if not tensor.is_meta:
             check_finite(f"the tensor {name}", tensor.detach())
     for name, layer in model.named_modules():
-        if isinstance(layer, SLRLinear) and not layer.values.is_meta:
+        if isinstance(layer, SLRLinear) and not layer.is_meta:
             try:
                 layer.check_()
             except ValueError as error:

@@ -21,6 +21,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from slr.layer.linear import SLRLinear
+from slr.layer.rounded import RoundedLinear
 
 __all__ = ["SLRLoraLinear"]
 
@@ -95,6 +96,8 @@ class SLRLoraLinear(Linear):
 
 def _set(layer: SLRLinear, B: Tensor, A: Tensor, bias: Tensor | None) -> None:
     """Give a layer other factors and another bias; they ask for gradients if B did."""
+    if isinstance(layer, RoundedLinear):
+        layer.free_factors_()
     wanted = layer.B.requires_grad
     layer.B, layer.A = nn.Parameter(B, wanted), nn.Parameter(A, wanted)
     if bias is not layer.bias:
@@ -123,7 +126,8 @@ def _install() -> None:
     @wraps(create)
     def created(lora_config, *args, **kwargs):
         if (lora_config._custom_modules or {}).get(SLRLinear) in (None, Linear):
-            lora_config._register_custom_module({SLRLinear: SLRLoraLinear})
+            kinds = dict.fromkeys((SLRLinear, RoundedLinear), SLRLoraLinear)
+            lora_config._register_custom_module(kinds)
         return create(lora_config, *args, **kwargs)
 
     @wraps(include)

@@ -14,9 +14,10 @@ from typing import Any
 from slr.matrix.checks import check_count, check_seqlen
 from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.pruners import PRUNERS, Pruner, named, options_of, step_of
+from slr.matrix.rounding import Grid
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
-from slr.model.choices import STEPS, plain, regrouped, repair_of
+from slr.model.choices import STEPS, check_names, plain, regrouped, repair_of
 
 __all__ = ["PRESETS", "Recipe"]
 
@@ -25,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}
 # Options of the steps, which are given flat; `group` is the pattern's.
 OPTIONS = (
     "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask", "asymmetric",
+    "values", "factors",
 )  # fmt: skip
 # Not of single layers.
 WHOLE = ("prepare", "tune", "samples", "seqlen", "seed", "skip", "overrides")
@@ -36,17 +38,17 @@ class Recipe:
     Args:
         prune: a pruner, or its name in :data:`slr.matrix.steps.PRUNERS`: ``"magnitude"``,
             ``"random"``, ``"wanda"``, ``"sparsegpt"``.
-        pattern: a sparsity pattern, or its name: ``"2:4"`` (semi-structured) or the fraction to
-            prune, ``"0.5"`` (unstructured).  ``"1.0"`` keeps nothing, W ≈ B A: with
+        pattern: a sparsity pattern, or its name: ``"2:4"`` (semi-structured), the fraction to
+            prune, ``"0.5"`` (unstructured), or ``"dense"``.  ``"1.0"`` keeps nothing, W ≈ B A: with
             ``prune="magnitude"`` and ``refine="svd"`` or ``"eora"``.
         group: of a fraction, ``"row"`` (default) or ``"matrix"``.
         refine: a repair, or its name in :data:`slr.matrix.steps.REPAIRS`: Algorithm 1 on the
             ``"weights"`` (the paper, data-free), on weights scaled by activation norms
             (``"diagonal"``) or on the layer's outputs, by the Hessian (``"activations"``); one
             shot, ``"svd"`` of the weights or ``"eora"`` of the outputs; ``"pcp"``, principal
-            component pursuit; or ``"none"``.  When ``None``, the best for what is read anyway:
-            ``"activations"``, asymmetric and with ADMM's mask, after a pruner that reads data, else
-            ``"weights"`` with the accelerated schedule.
+            component pursuit; ``"gptq"``, rounding alone; or ``"none"``.  When ``None``, the best
+            for what is read anyway: ``"activations"``, asymmetric and with ADMM's mask, after a
+            pruner that reads data, else ``"weights"`` with the accelerated schedule.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
         iterations: of the refinement, 50 by default.
@@ -58,6 +60,10 @@ class Recipe:
             score, ``True``.
         asymmetric: with ``refine="activations"``: ask each layer for what the dense model puts
             out there, so that it makes up for the layers before it (:mod:`slr.model.streams`).
+        values: grid of a few bits that the kept weights are rounded to, as ``"int4 by 64"``, in
+            one alternation with the low-rank part (:mod:`slr.matrix.alternation`); with pattern
+            ``"dense"``, which keeps all, the only thing that makes S smaller.
+        factors: with `values`, grid of B and A: ``"int8"`` by default, or ``"float"``.
         prepare: ``"induction"`` first rescales each block so that it prunes better
             (:mod:`slr.methods.induction`), or ``"none"``.
         tune: passes over the calibration windows in which each block, compressed, learns to put
@@ -118,6 +124,8 @@ class Recipe:
         tolerance: float | None = None,
         update_mask: bool | str | None = None,
         asymmetric: bool | None = None,
+        values: str | Grid | None = None,
+        factors: str | Grid | None = None,
         prepare: str = "none",
         tune: int = 0,
         samples: int | None = None,
@@ -126,14 +134,8 @@ class Recipe:
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping] | None = None,
     ) -> None:
-        if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
-            raise TypeError(f"skip is {skip!r}; it must be a list of names")
         overrides = {} if overrides is None else overrides
-        if not isinstance(overrides, Mapping) or not all(
-            isinstance(name, str) and isinstance(wanted, Mapping)
-            for name, wanted in overrides.items()
-        ):
-            raise TypeError(f"overrides is {overrides!r}; it must map names to options")
+        check_names(skip, overrides)
         if prepare not in PREPARATIONS:
             raise ValueError(
                 f"prepare {prepare!r} is unknown; it must be one of {', '.join(PREPARATIONS)}"
@@ -142,7 +144,10 @@ class Recipe:
             check_count("tune", tune)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; it must be an integer")
-        given = (rank, rank_ratio, iterations, schedule, tolerance, update_mask, asymmetric)
+        given = (
+            rank, rank_ratio, iterations, schedule, tolerance, update_mask, asymmetric,
+            *(None if grid is None else str(grid) for grid in (values, factors)),
+        )  # fmt: skip
         options = {k: v for k, v in zip(OPTIONS, given, strict=True) if v is not None}
         self._set(
             prune=(pruner := step_of("prune", prune, PRUNERS, {})),

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from slr.layer.linear import SLRLinear
+from slr.layer.rounded import factor
 from slr.matrix.checks import check_finite
+from slr.matrix.rounding import Grid
 from slr.model import hf
 from slr.model.blocks import Inputs, blocks_name, decoder_blocks, walk
 from slr.model.edges import check_config, reading
@@ -176,6 +178,21 @@ class Stream:
         for inner_module in module.modules():
             if isinstance(inner_module, SLRLinear):
                 inner_module.check_()
+
+    def factor(self, name: str, part: str) -> Tensor:
+        """B or A of a compressed layer, in the dtype of the folder.
+
+        Args:
+            name: of the layer.
+            part: ``"A"`` or ``"B"``.
+        """
+        assert self.about is not None
+        grid, full = self.about["layers"][name].get("factors"), f"{name}.{part}"
+        if grid is None:
+            return self.files.read([full])[full]
+        found = self.files.read([f"{full}_codes", f"{full}_scale"])
+        codes, scale = found[f"{full}_codes"], found[f"{full}_scale"]
+        return factor(part, codes, scale, Grid.parse(grid)).to(self.dtype)
 
     def empty(self, module: nn.Module) -> None:
         """Let go of a module's parameters, and of the memory that they took."""

@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-BITS = "U8"
+PACKED = {torch.uint8: "U8", torch.int16: "I16"}  # bits and codes; scales
 WRAPPED = ("module.", "_orig_mod.", "base_model.model.")  # what DDP, torch.compile and PEFT add
 INERT = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"  # buffers that old checkpoints hold
 
@@ -207,8 +207,9 @@ class TensorFiles:
 
 def check_dtype(folder: Path, name: str, dtype: str, wanted: Tensor) -> None:
     """Raise ValueError if safetensors' `dtype` of a tensor is not of the kind that is wanted."""
-    if dtype not in (FLOATS if wanted.is_floating_point() else (BITS,)):
-        kinds = "F32, F16 or BF16" if wanted.is_floating_point() else BITS
+    allowed = tuple(FLOATS) if wanted.is_floating_point() else (PACKED[wanted.dtype],)
+    if dtype not in allowed:
+        kinds = "F32, F16 or BF16" if wanted.is_floating_point() else allowed[0]
         raise ValueError(f"{folder}: tensor {name} has dtype {dtype}; it must be {kinds}")
 
 

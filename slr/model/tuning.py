@@ -1,5 +1,7 @@
 """Tune a compressed block: its kept weights, factors and norms, to the dense block's outputs.
 
+Of weights that are codes, the scales are tuned.
+
 Each layer was compressed on its own, for its own outputs.  Here the whole block learns, by Adam on
 the calibration windows, to put out what the dense model does behind the same block; the mask stays.
 Some windows are held out, and what serves them best is kept, so that no block leaves worse than it
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from slr.layer.linear import SLRLinear
-from slr.matrix.result import Refined
+from slr.layer.rounded import RoundedLinear, layer_of
+from slr.matrix.result import Coded, Refined
+from slr.matrix.rounding import Levels
 from slr.model import distributed
 from slr.model.calibrate import BlockInputs
 
@@ -55,8 +59,46 @@ class _Tuned(nn.Module):
         """What was learnt, packed."""
         S, B, A = (part.data.to(dtype) for part in (self.S, self.B, self.A))
         bias = None if self.bias is None else self.bias.data.to(dtype)
-        refined = Refined(S, B, A, (), self.mask)
-        return SLRLinear.from_refined(refined, bias, pattern=self.pattern)
+        return layer_of(Refined(S, B, A, (), self.mask), bias, pattern=self.pattern)
+
+
+class _TunedCodes(nn.Module):
+    """A :class:`RoundedLinear` whose scales and factors are trained, in float32; codes stay."""
+
+    levels: Tensor
+    mask: Tensor
+
+    def __init__(self, layer: RoundedLinear) -> None:
+        super().__init__()
+        self.pattern, self.factors, self.rounded = layer.pattern, layer.factors, layer.rounded()
+        _, zero = self.rounded.levels.spread(layer.grid, layer.in_features)
+        self.register_buffer("mask", layer.mask.clone())
+        self.register_buffer("levels", (self.rounded.codes.float() - zero) * self.mask)
+        self.scale = nn.Parameter(self.rounded.levels.scale.clone())
+        self.B = nn.Parameter(layer.B.detach().clone().float())
+        self.A = nn.Parameter(layer.A.detach().clone().float())
+        self.bias = (
+            None if layer.bias is None else nn.Parameter(layer.bias.detach().clone().float())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.levels.shape[1]
+        width = self.rounded.grid.group or n
+        scale = self.scale.repeat_interleave(width, 1)[:, :n]
+        return linear(x, torch.addmm(self.levels * scale, self.B, self.A), self.bias)
+
+    def layer(self, dtype: torch.dtype) -> SLRLinear:
+        """What was learnt, packed."""
+        scale = self.scale.data.clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().float()
+        levels = Levels(scale, self.rounded.levels.zero)
+        S, (B, A) = self.rounded._replace(levels=levels), (self.B.data, self.A.data)
+        coded = Coded(S)
+        if self.factors is not None and A.shape[0]:
+            coded = Coded(S, self.factors.rounded(B.T.contiguous()), self.factors.rounded(A))
+        bias = None if self.bias is None else self.bias.data.to(dtype)
+        values = (S.values() * self.mask).to(dtype)
+        refined = Refined(values, B.to(dtype), A.to(dtype), (), self.mask, coded)
+        return layer_of(refined, bias, pattern=self.pattern)
 
 
 def tune_block(block: nn.Module, index: int, inputs: BlockInputs, passes: int) -> list[float]:
@@ -116,9 +158,10 @@ def _trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
     """While open, the compressed layers and all that is no linear layer have float32 parameters."""
     layers = {name: m for name, m in block.named_modules() if isinstance(m, SLRLinear)}
     were: dict[nn.Parameter, tuple[torch.dtype, bool]] = {}
-    kinds = {name: layer.values.dtype for name, layer in layers.items()}
+    kinds = {name: layer.dtype for name, layer in layers.items()}
     for name, layer in layers.items():
-        block.set_submodule(name, _Tuned(layer))
+        kind = _TunedCodes if isinstance(layer, RoundedLinear) else _Tuned
+        block.set_submodule(name, kind(layer))  # type: ignore[arg-type]
     for module in block.modules():
         for parameter in module.parameters(recurse=False):
             were[parameter] = parameter.dtype, parameter.requires_grad
@@ -133,7 +176,7 @@ def _trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
             parameter.data = parameter.data.to(dtype)
         for name, dtype in kinds.items():
             tuned = block.get_submodule(name)
-            assert isinstance(tuned, _Tuned)
+            assert isinstance(tuned, _Tuned | _TunedCodes)
             block.set_submodule(name, tuned.layer(dtype))
 
 

@@ -1,0 +1,338 @@
+"""One layer whose values are codes of a few bits: y = S x + B (A x) + b, S on a grid.
+
+=============== ===================== ==========================================
+tensor          shape                 what
+=============== ===================== ==========================================
+``codes``       (bits, ⌈kept / 8⌉)    those of the kept entries, row by row, a plane for each bit,
+                                      lowest first; (1, kept), whole bytes, for 8 bits
+``scale``       (m, groups)           of each group, bfloat16 as int16
+``zero``        (m, groups)           the code of 0, uint8; absent for a symmetric grid
+``bitmask``     (⌈m n / 8⌉,)          the mask; absent if all entries are kept
+``B_codes``     (k, m)                of Bᵀ, and ``A_codes`` (k, n), bytes, where they have codes,
+``B_scale``     (k,)                  and ``A_scale``; else ``B`` and ``A`` as in other layers
+=============== ===================== ==========================================
+
+Scales are stored as integers so that no loader casts them.  Packing and unpacking are exact.
+Book: chapter 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from slr.layer.backed import autocast_dtype
+from slr.layer.bits import pack_codes, pack_mask, unpack_codes, unpack_mask
+from slr.layer.linear import SLRLinear
+from slr.layer.readonly import read_only
+from slr.matrix.checks import check_mask
+from slr.matrix.patterns import Pattern, parse
+from slr.matrix.result import Refined
+from slr.matrix.rounding import Grid, Levels, Rounded, as_grid
+
+__all__ = ["RoundedLinear", "factor", "layer_of"]
+
+
+def layer_of(
+    refined: Refined, bias: Tensor | None = None, *, pattern: str | Pattern | None = None
+) -> SLRLinear:
+    """The layer of a refined matrix: a :class:`RoundedLinear` if that has codes.
+
+    Args:
+        refined: of (m, n).
+        bias: (m,).
+        pattern: for the record.
+    """
+    if refined.coded is None:
+        return SLRLinear.from_refined(refined, bias, pattern=pattern)
+    return RoundedLinear(refined, bias, pattern=pattern)
+
+
+def factor(name: str, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """B or A in float32 from what is stored.
+
+    Args:
+        name: ``"B"``, whose codes are of Bᵀ, or ``"A"``.
+        codes, scale: the tensors of this name.
+        grid: of the factors.
+    """
+    values = (codes.float() - 2 ** (grid.bits - 1)).mul_(_scale(scale)[:, None])
+    return values.T.contiguous() if name == "B" else values
+
+
+def _stored(scale: Tensor) -> Tensor:
+    return scale.bfloat16().view(torch.int16)
+
+
+def _scale(stored: Tensor) -> Tensor:
+    return stored.view(torch.bfloat16).float()
+
+
+class RoundedLinear(SLRLinear):
+    """A linear layer whose matrix is S + B A with S on a grid, and perhaps B and A too.
+
+    It is used and stored like any :class:`~slr.layer.linear.SLRLinear`; `values`, and `B` and `A`
+    if they are rounded, are computed from the codes whenever they are asked for.
+
+    Args:
+        refined: with its codes, from :func:`slr.refine`.
+        bias: (out,).
+        pattern: of the mask, for the record.
+
+    Attributes:
+        grid: of S.
+        factors: of A and Bᵀ, or ``None``.
+
+    Cost of a forward pass: unpacking S, and 2 · in · out + 2 k (in + out) FLOPs a token.
+        Memory: packed, and S while it is multiplied.
+
+    >>> import slr
+    >>> W = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    >>> layer = layer_of(slr.refine(W, None, 1, grid="int4 by 8", factors="int8"))
+    >>> layer
+    RoundedLinear(in_features=16, out_features=8, grid=int4 by 8, factors=int8, rank=1, bias=False)
+    >>> bool((layer.dense() - W).norm() < 0.2 * W.norm())
+    True
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    like: Tensor
+    grid: Grid
+    factors: Grid | None
+
+    def __init__(
+        self, refined: Refined, bias: Tensor | None = None, *,
+        pattern: str | Pattern | None = None,
+    ) -> None:  # fmt: skip
+        coded, mask = refined.coded, refined.mask
+        assert coded is not None
+        check_mask(mask, coded.sparse.codes)
+        m, n = mask.shape
+        kept = int(mask.sum())
+        self._make(
+            (m, n), refined.A.shape[0], kept, None if bias is None else len(bias),
+            refined.sparse.dtype, mask.device, pattern, coded.sparse.grid,
+            None if coded.B is None else coded.B.grid,
+        )  # fmt: skip
+        scale, zero = coded.sparse.levels
+        self.codes = pack_codes(coded.sparse.codes[mask], self.grid.bits)
+        self.scale = _stored(scale)
+        if self.zero is not None:
+            self.zero = zero.to(torch.uint8)
+        if self.bitmask is not None:
+            self.bitmask = pack_mask(mask)
+        if coded.B is None or coded.A is None:
+            self._parameters |= {"B": nn.Parameter(refined.B), "A": nn.Parameter(refined.A)}
+        else:
+            for name, part in (("B", coded.B), ("A", coded.A)):
+                setattr(self, f"{name}_codes", part.codes.contiguous())
+                setattr(self, f"{name}_scale", _stored(part.levels.scale[:, 0]))
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
+
+    @classmethod
+    def room(
+        cls, shape: tuple[int, int], rank: int, kept: int, bias: bool, dtype: torch.dtype,
+        device: torch.device | str = "meta", *, pattern: str | Pattern | None = None,
+        grid: Grid | str, factors: Grid | str | None = None,
+    ) -> RoundedLinear:  # fmt: skip
+        """A layer to be filled by a loader, which calls :meth:`check_` when it has."""
+        layer = cls.__new__(cls)
+        layer._make(
+            shape, rank, kept, shape[0] if bias else None, dtype, torch.device(device), pattern,
+            as_grid(grid), as_grid(factors),
+        )  # fmt: skip
+        return layer
+
+    def _make(
+        self, shape: tuple[int, int], rank: int, kept: int, bias: int | None, dtype: torch.dtype,
+        device: torch.device, pattern: str | Pattern | None, grid: Grid | None,
+        factors: Grid | None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        assert grid is not None
+        (m, n), self.grid, self.factors = shape, grid, factors
+        self.out_features, self.in_features, self._kept = m, n, kept
+        self.pattern = None if pattern is None else parse(pattern)
+        self.two_four, self.form, self.starts = False, None, None
+        groups = -(-n // (grid.group or n))
+
+        def room(*size: int, kind: torch.dtype = torch.uint8) -> Tensor:
+            return torch.empty(size, dtype=kind, device=device)
+
+        whole = (1, kept) if grid.bits == 8 else (grid.bits, -(-kept // 8))
+        self.register_buffer("codes", room(*whole))
+        self.register_buffer("scale", room(m, groups, kind=torch.int16))
+        self.register_buffer("zero", None if grid.symmetric else room(m, groups))
+        self.register_buffer("bitmask", None if kept == m * n else room(-(-m * n // 8)))
+        if factors is None or not rank:
+            for name, size in (("B", (m, rank)), ("A", (rank, n))):
+                self._parameters[name] = nn.Parameter(room(*size, kind=dtype), False)
+        else:
+            for name, long in (("B", m), ("A", n)):
+                self.register_buffer(f"{name}_codes", room(rank, long))
+                self.register_buffer(f"{name}_scale", room(rank, kind=torch.int16))
+        self.bias = None if bias is None else nn.Parameter(room(bias, kind=dtype), False)
+        self.register_buffer("like", room(0, kind=dtype), persistent=False)
+        self.register_buffer("cached", None, persistent=False)
+
+    def check_(self) -> RoundedLinear:
+        """Look at the tensors after they have been set; returns the layer.
+
+        Raises:
+            ValueError: they do not belong together.
+        """
+        count = self.in_features * self.out_features
+        if self.bitmask is not None:
+            kept = int(unpack_mask(self.bitmask, (count,)).sum())
+            if kept != self.kept:
+                raise ValueError(f"there are {self.kept} codes, but the bitmask keeps {kept}")
+        scales = [self.scale] + [getattr(self, f"{n}_scale") for n in "BA" if self.coded_factors]
+        for scale in scales:
+            values = _scale(scale)
+            if not bool((values.isfinite() & (values > 0)).all()):
+                raise ValueError("a scale is not a finite number above 0")
+        self.cached = None
+        return self
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it is a placeholder."""
+        return self.codes.is_meta
+
+    @property
+    def kept(self) -> int:
+        """How many entries S keeps."""
+        return self._kept
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed."""
+        return self.like.dtype
+
+    @property
+    def coded_factors(self) -> bool:
+        """Whether B and A are stored as codes."""
+        return "B" not in self._parameters
+
+    @property
+    def rank(self) -> int:
+        """Rank k of the low-rank part, 0 if there is none."""
+        return (self._buffers["A_codes"] if self.coded_factors else self.A).shape[0]  # type: ignore[union-attr]
+
+    @property
+    def B(self) -> Tensor:  # type: ignore[override]  # noqa: N802
+        """The factor (out, k)."""
+        return self._factor("B")
+
+    @property
+    def A(self) -> Tensor:  # type: ignore[override]  # noqa: N802
+        """The factor (k, in)."""
+        return self._factor("A")
+
+    def _factor(self, name: str) -> Tensor:
+        if not self.coded_factors:
+            return self._parameters[name]  # type: ignore[return-value]
+        codes, scale = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale")
+        assert self.factors is not None
+        return factor(name, codes, scale, self.factors).to(self.dtype)
+
+    def free_factors_(self) -> RoundedLinear:
+        """Hold B and A as parameters, so that they can be written; returns the layer."""
+        if self.coded_factors:
+            found = {name: self._factor(name) for name in "BA"}
+            for name, value in found.items():
+                del self._buffers[f"{name}_codes"], self._buffers[f"{name}_scale"]
+                self._parameters[name] = nn.Parameter(value)
+            self.factors = None
+        return self
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool (out, in), True = kept: a new tensor, not to be written."""
+        if self.bitmask is None:
+            return torch.ones(self._shape, dtype=torch.bool, device=self.codes.device)
+        return read_only(unpack_mask(self.bitmask, self._shape))
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The kept values (kept,), row by row: a new tensor, not to be written."""
+        if self.is_meta:
+            return torch.empty(self.kept, dtype=self.dtype, device="meta")
+        return read_only(self._unpacked()[self.mask])
+
+    def rounded(self) -> Rounded:
+        """S as codes (m, n); those off the mask are of 0."""
+        flat = unpack_codes(self.codes, self.kept)
+        scale = _scale(self.scale)
+        middle = scale.new_tensor(2.0 ** (self.grid.bits - 1)).expand_as(scale)
+        levels = Levels(scale, middle if self.zero is None else self.zero.float())
+        if self.bitmask is None:
+            return Rounded(flat.view(self._shape), levels, self.grid)
+        codes = levels.spread(self.grid, self.in_features).zero.to(torch.uint8)
+        codes[self.mask] = flat
+        return Rounded(codes, levels, self.grid)
+
+    def _unpacked(self) -> Tensor:
+        return self.rounded().values().to(self.dtype)
+
+    def packed(self) -> dict[str, Tensor]:
+        """What is stored, by the names above, and ``bias`` if there is one."""
+        return {name: tensor.data for name, tensor in self.state_dict().items()}
+
+    def cache_(self, on: bool = True) -> RoundedLinear:
+        """Hold S unpacked as well, or no longer; returns the layer."""
+        self.cached = self._unpacked() if on else None
+        return self
+
+    def _prepare(self) -> None:
+        """There is one way to multiply."""
+
+    def use_(self, backend: str) -> RoundedLinear:
+        """Raises ValueError for any backend but ``"auto"``: codes are unpacked and multiplied."""
+        if backend not in ("auto", "dense"):
+            raise ValueError(
+                f"backend {backend!r} does not read codes; a rounded layer has 'dense'"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoundedLinear:
+        return nn.Module._apply(self, fn, recurse)
+
+    def __setstate__(self, state: dict) -> None:
+        nn.Module.__setstate__(self, state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = S x + B (A x) + b for x of shape (…, in).
+
+        Raises:
+            ValueError: x has another width, or (outside autocast) another dtype than the layer.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; its last dimension must be {self.in_features}"
+            )
+        to = autocast_dtype(x.device.type) or self.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(to)
+        if x.dtype != to:
+            raise ValueError(f"x has dtype {x.dtype}, but the layer {to}")
+        S = (self._unpacked() if self.cached is None else self.cached).to(to)
+        y = linear(x, S, None if self.bias is None else self.bias.to(to))
+        if self.rank:
+            y = y + linear(linear(x, self.A.to(to)), self.B.to(to))
+        return y
+
+    def extra_repr(self) -> str:
+        """Shape, pattern, grids and rank."""
+        pattern = "" if self.bitmask is None else f"pattern={self.pattern}, "
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {pattern}"
+            f"grid={self.grid}, factors={self.factors}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
