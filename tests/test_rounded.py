@@ -1,0 +1,196 @@
+"""A layer of codes: packed, used, moved, saved, loaded, adapted, tuned and exported."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import slr
+from slr.layer.bits import pack_codes, unpack_codes
+from slr.layer.rounded import RoundedLinear, layer_of
+from slr.matrix.rounding import Grid
+
+
+def refined(m=24, n=40, rank=3, mask=True, grid="int4 by 16", factors="int8", dtype=torch.float32):
+    made = torch.Generator().manual_seed(m * n + rank)
+    W = torch.randn(m, n, generator=made).to(dtype)
+    keep = torch.rand(m, n, generator=made) > 0.5 if mask else None
+    return slr.refine(W, keep, rank, grid=grid, factors=factors if rank else None, iterations=3)
+
+
+@given(bits=st.integers(2, 8), count=st.integers(1, 70), seed=st.integers(0, 9))
+def test_codes_are_packed_exactly(bits, count, seed):
+    made = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (count,), generator=made, dtype=torch.uint8)
+    planes = pack_codes(codes, bits)
+    assert planes.nbytes == (count if bits == 8 else bits * -(-count // 8))
+    assert torch.equal(unpack_codes(planes, count), codes)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("grid", ["int8", "int3 by 16", "int4 by 7", "int4 by 16 symmetric"])
+@pytest.mark.parametrize(("rank", "factors"), [(3, "int8"), (3, None), (0, None)])
+def test_it_multiplies_by_what_was_refined(mask, grid, rank, factors):
+    found = refined(mask=mask, grid=grid, rank=rank, factors=factors)
+    bias = torch.arange(24.0)
+    layer = layer_of(found, bias)
+    assert isinstance(layer, RoundedLinear)
+    assert torch.equal(layer.weight, found.sparse)
+    assert torch.equal(layer.mask, found.mask)
+    assert torch.equal(layer.values, found.sparse[found.mask])
+    assert torch.equal(layer.B, found.B)
+    assert torch.equal(layer.A, found.A)
+    assert (layer.kept, layer.rank) == (int(found.mask.sum()), rank)
+    x = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))
+    expected = x @ (found.sparse + found.B @ found.A).T + bias
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+    assert torch.allclose(layer.cache_()(x), expected, atol=1e-4)
+    assert layer.cache_(False).cached is None
+
+
+def test_bytes():
+    layer = layer_of(refined(64, 128, 4, mask=False, grid="int4 by 32"))
+    packed = sum(part.nbytes for part in layer.packed().values())
+    assert packed == 64 * 128 // 2 + 64 * 4 * 3 + 4 * (64 + 128) + 2 * 2 * 4
+    half = layer_of(refined(64, 128, 0, grid="int8"))
+    assert sum(p.nbytes for p in half.packed().values()) == half.kept + 64 * 2 + 64 * 128 // 8
+
+
+def test_moved_copied_and_cast_codes_stay():
+    layer = layer_of(refined(dtype=torch.bfloat16), torch.ones(24, dtype=torch.bfloat16))
+    before = {k: v.clone() for k, v in layer.packed().items() if k != "bias"}
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        wide = copy.deepcopy(layer).to(dtype)
+        assert wide.dtype == wide(x.to(dtype)).dtype == dtype
+        for name, part in before.items():
+            assert torch.equal(wide.packed()[name], part)
+    with pytest.raises(ValueError, match=r"x has dtype torch\.float32, but the layer"):
+        layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="its last dimension must be 40"):
+        layer(x[:, 1:])
+    assert layer.to("meta").is_meta
+
+
+def test_the_state_comes_back_bit_for_bit():
+    layer = layer_of(refined())
+    room = RoundedLinear.room(
+        (24, 40), 3, layer.kept, False, torch.float32, "cpu", grid="int4 by 16", factors="int8"
+    )
+    room.load_state_dict(layer.state_dict())
+    assert torch.equal(room.check_().dense(), layer.dense())
+    room.bitmask[0] ^= 1
+    with pytest.raises(ValueError, match="the bitmask keeps"):
+        room.check_()
+    room.load_state_dict(layer.state_dict())
+    room.scale[0, 0] = torch.tensor(float("nan")).bfloat16().view(torch.int16)
+    with pytest.raises(ValueError, match="scale"):
+        room.check_()
+
+
+def test_gradients_reach_factors_that_are_floats():
+    layer = layer_of(refined(factors=None))
+    layer.A.requires_grad_(True)
+    layer(torch.ones(2, 40)).sum().backward()
+    assert layer.A.grad is not None
+    coded = layer_of(refined())
+    coded.free_factors_()
+    assert torch.equal(coded.B, refined().B)
+    coded(torch.ones(2, 40)).sum().backward()
+    assert coded.B.grad is not None
+    assert coded.factors is None
+
+
+RECIPES = {
+    "dense": {"pattern": "dense", "values": "int4 by 16"},
+    "2:4": {"values": "int8", "iterations": 9},
+    "data-free": {"prune": "magnitude", "pattern": "0.5", "values": "int4 by 16",
+                  "refine": "weights", "factors": "float"},
+    "gptq": {"pattern": "dense", "refine": "gptq", "values": "int3 by 16"},
+    "tuned": {"pattern": "dense", "values": "int3 by 16", "tune": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_model_of_codes(small, tmp_path, name):
+    windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2))
+    recipe, out = slr.Recipe(**RECIPES[name]), tmp_path / "out"
+    reports = slr.compress(
+        small, recipe, out=out, calibration=windows if recipe.needs_data else None
+    )
+    assert all(report.grid == RECIPES[name]["values"] for report in reports)
+    slr.verify(out)
+    inside = slr.load(small, dtype=torch.float32)
+    slr.compress(inside, recipe, calibration=windows if recipe.needs_data else None)
+    model = slr.load(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(windows).logits
+        near = inside(windows).logits  # float32 and bfloat16 may fall on two sides of a code
+    assert float((logits - near).norm() / near.norm()) < 0.15
+    model.save_pretrained(tmp_path / "again")
+    again = slr.load(tmp_path / "again", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(windows).logits, logits)
+    first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "again"))
+    assert first.keys() == second.keys()
+    for key, part in first.items():
+        if part.dtype in (torch.uint8, torch.int16):
+            assert torch.equal(part, second[key])
+    config = json.loads((out / "config.json").read_text())
+    layer = next(iter(config["slr"]["layers"].values()))
+    assert Grid.parse(layer["grid"]) == Grid.parse(RECIPES[name]["values"])
+
+
+def test_how_large_it_will_be_is_known_before(small, tmp_path):
+    from slr.checkpoint.estimates import estimate
+    from slr.checkpoint.work import look
+
+    for name in ("dense", "2:4"):
+        recipe, out = slr.Recipe(**RECIPES[name]), tmp_path / name.replace(":", "-")
+        windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2))
+        foretold = estimate(look(small, out, recipe, calibration=windows)).disk
+        slr.compress(small, recipe, out=out, calibration=windows)
+        there = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        headers = 300 * 14 * 9  # of a small model they count
+        assert abs(foretold - there) < 0.01 * there + headers
+
+
+def test_exports(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2))
+    out = tmp_path / "out"
+    slr.compress(small, slr.Recipe(**RECIPES["dense"]), out=out, calibration=windows)
+    model = slr.load(out, dtype=torch.float32)
+    slr.export(out, tmp_path / "dense", to="dense")
+    slr.export(out, tmp_path / "peft", to="peft")
+    with torch.no_grad():
+        logits = model(windows).logits
+        dense = slr.load(tmp_path / "dense", dtype=torch.float32)(windows).logits
+        base = slr.load(tmp_path / "peft", dtype=torch.float32)
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft" / "adapter")
+        assert torch.allclose(dense, logits, atol=2e-2)
+        assert torch.allclose(adapted(windows).logits, logits, atol=2e-2)
+
+
+def test_an_adapter_on_codes_is_merged_into_free_factors(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2))
+    out = tmp_path / "out"
+    slr.compress(small, slr.Recipe(**RECIPES["dense"]), out=out, calibration=windows)
+    model = slr.load(out, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        before = adapted(windows).logits
+        merged = adapted.merge_and_unload()
+        assert torch.allclose(merged(windows).logits, before, atol=1e-4)
+        merged.save_pretrained(tmp_path / "merged")
+        again = slr.load(tmp_path / "merged", dtype=torch.float32)
+        assert torch.equal(again(windows).logits, merged(windows).logits)
