@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,8 +16,8 @@ import typer
 
 import slr
 import slr.options as opt
-from slr import reports
-from slr.checkpoint import conversion, named
+from slr import measurements, reports
+from slr.checkpoint import conversion
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
@@ -104,7 +103,7 @@ def compress(
         overrides=dict(map(opt.parse_override, override or [])) or None,
     )  # fmt: skip
     recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config, preset)
-    where, source = opt.device_of(device), _folder(model)
+    where, source = opt.device_of(device), reports.folder_of(model)
     say(f"{model} -> {out}: {reports.told(recipe)}, on {where}")
     if reports.foretold(dry_run, source, recipe, json_output, model, out, calibration, where):
         return
@@ -116,14 +115,6 @@ def compress(
     if distributed.rank() == 0:
         times = {"seconds": time.perf_counter() - started, **stages}
         reports.report(layers, times, source, out, json_output)
-
-
-def _folder(model: str) -> Path:
-    """The folder of a model; a word first if it has to be converted."""
-    folder = named.pending(model)
-    if folder is not None:
-        say(f"{model}: converted once, to {folder} (some seconds)")
-    return resolve(model)
 
 
 @app.command("eval")
@@ -156,7 +147,7 @@ def evaluate(
     opt.refuse(opt.given(task_folder=task_folder), "without --tasks")
     if compare is False:
         opt.refuse(opt.given(source=source), "with --no-compare")
-    folder = _folder(model)
+    folder = reports.folder_of(model)
     if text is None:  # a text for a first look; others are read whole
         text, limit = "embedded", opt.WINDOWS if limit is None else limit
         seqlen = context(folder, opt.LONGEST) if seqlen is None else seqlen
@@ -252,79 +243,9 @@ def export_(
     print(table(reports.exported(out)))
 
 
-@app.command("reproduce")
-def reproduce_(
-    table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
-    rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
-    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4', or tasks")] = None,
-    model: Annotated[str | None, typer.Option(help=f"instead of its own: {opt.MODEL}")] = None,
-    text: Annotated[
-        str | None, typer.Option(help="a second text to evaluate on: wikitext2 | a text file")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="folder of the cells  [default: results/measured/TABLE]")
-    ] = None,
-    device: opt.Device = "auto",
-    fresh: opt.Fresh = False,
-    json_output: opt.Json = False,
-) -> None:
-    """Measure a published table, cell by cell; a stopped run goes on when called again."""
-    from slr.evaluate import benchmarks, reproduction
-
-    spec = benchmarks.spec_of(table)
-    name = spec.name if model is None else model.strip("/").replace("/", "-")
-    if model is not None and isinstance(spec, benchmarks.Benchmarks):
-        name += "-benchmarks"
-    out = out or Path("results") / "measured" / name
-    where, wanted = opt.device_of(device), columns.split(",") if columns else []
-    say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
-    if isinstance(spec, benchmarks.Benchmarks):
-        scores = benchmarks.reproduce(
-            spec, out, model=model, rows=rows.split(","), columns=wanted, device=where,
-            fresh=fresh, progress=True,
-        )  # fmt: skip
-        told = {"table": spec.name, "measured": scores}
-        print(as_json(told) if json_output else benchmarks.as_text(scores, spec.rows))
-        return
-    measured = reproduction.reproduce(
-        spec, out, model=model, rows=rows.split(","), columns=wanted, text=text, device=where,
-        fresh=fresh, progress=True,
-    )  # fmt: skip
-    known = reproduction.published(spec) if model is None else {}
-    if json_output:
-        print(as_json({"table": spec.name, "measured": measured, "published": known}))
-        return
-    print(reproduction.as_text(measured, known, wanted or spec.columns))
-    if text is not None:
-        other = reproduction.grid(spec, out, Path(text).name)
-        print(f"\non {text}:\n{reproduction.as_text(other, {}, wanted or spec.columns)}")
-
-
-@app.command(
-    "bench",
-    context_settings={
-        "allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []
-    },
-)  # fmt: skip
-def bench(
-    context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="which; all are listed without one")] = None,
-) -> None:
-    """Run a benchmark, which prints a table; without a name, list them.
-
-    What follows its name are its own options; --help shows them.
-    """
-    import runpy
-
-    names = opt.benchmarks()
-    if name in (None, "--help"):
-        print("slr bench NAME [its own options; --help shows them]\n")
-        print(table(list(names.items())))
-        return
-    if name not in names:
-        raise ValueError(f"benchmark {name!r} is unknown; it must be one of {', '.join(names)}")
-    sys.argv = [f"benchmarks/{name}.py", *context.args]
-    runpy.run_module(f"slr.benchmarks.{name}", run_name="__main__")
+app.command("reproduce")(measurements.reproduce)
+app.command("league")(measurements.league)
+app.command("bench", context_settings=measurements.PASSED_ON)(measurements.bench)
 
 
 def main() -> None:

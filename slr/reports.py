@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from slr.checkpoint import named
 from slr.checkpoint.cards import far
 from slr.checkpoint.estimates import Estimate, estimate
-from slr.checkpoint.folder import about
+from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.sizes import Summary, megabytes
 from slr.checkpoint.work import look
 from slr.console import as_json, measured_rows, say, table
@@ -17,7 +18,7 @@ from slr.model import distributed
 from slr.model.recipe import Recipe
 
 LARGE = 50  # MB of a model whose compression is worth an estimate that is not asked for
-__all__ = ["describe", "exported", "foretell", "foretold", "report", "told"]
+__all__ = ["describe", "exported", "folder_of", "foretell", "foretold", "report", "told"]
 
 
 def exported(out: Path) -> list[tuple[str, str]]:
@@ -29,6 +30,14 @@ def exported(out: Path) -> list[tuple[str, str]]:
     if adapter.is_dir():
         rows.append(("adapter", f"{megabytes(adapter):.1f} MB in {adapter}"))
     return rows
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a model; a word first if it has to be converted."""
+    folder = named.pending(model)
+    if folder is not None:
+        say(f"{model}: converted once, to {folder} (some seconds)")
+    return resolve(model)
 
 
 def foretell(found: Estimate, json_output: bool) -> None:

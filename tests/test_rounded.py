@@ -55,7 +55,7 @@ def test_it_multiplies_by_what_was_refined(mask, grid, rank, factors):
 def test_bytes():
     layer = layer_of(refined(64, 128, 4, mask=False, grid="int4 by 32"))
     packed = sum(part.nbytes for part in layer.packed().values())
-    assert packed == 64 * 128 // 2 + 64 * 4 * 3 + 4 * (64 + 128) + 2 * 2 * 4
+    assert packed == 64 * 128 // 2 + 64 * 4 * 2 + 64 * 4 // 2 + 4 * (64 + 128) + 2 * 2 * 4
     half = layer_of(refined(64, 128, 0, grid="int8"))
     assert sum(p.nbytes for p in half.packed().values()) == half.kept + 64 * 2 + 64 * 128 // 8
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from slr.checkpoint.folder import resolve
-from slr.matrix.accounting import Account, matrix_account
+from slr.matrix.accounting import Account, matrix_account, stored_bytes
 from slr.matrix.patterns import Pattern
-from slr.matrix.rounding import Grid
+from slr.matrix.rounding import as_grid
 from slr.model.blocks import decoder_blocks
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream, read_config
@@ -126,28 +126,17 @@ def bytes_after(stream: Stream, plan: list[dict[str, Recipe]]) -> int:
         block = stream.block(index)[1]
         for name, recipe in layers.items():
             m, n = block.get_parameter(f"{name}.weight").shape
-            dense = matrix_account((m, n), dtype=stream.dtype)
-            small = matrix_account(
-                (m, n), recipe.pattern, recipe.rank or 0, dtype=stream.dtype, storage="bitmask"
-            )
-            size -= int(dense.bytes - small.bytes)
-            size -= _saved_by_codes((m, n), recipe, stream.dtype)
+            size += _after((m, n), recipe, stream.dtype.itemsize) - m * n * stream.dtype.itemsize
     return size
 
 
-def _saved_by_codes(shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype) -> int:
-    """Bytes that a layer of a recipe is smaller for its codes, beside one of floats."""
-    repair, (m, n) = recipe.refine.options(), shape
-    if repair.get("values") is None:
-        return 0
-    grid, wide, k = Grid.parse(repair["values"]), dtype.itemsize, recipe.rank or 0
-    kept = round(recipe.pattern.density * m * n)
-    groups = m * -(-n // (grid.group or n))
-    codes = kept * grid.bits / 8 + groups * (2 if grid.symmetric else 3)
-    saved = kept * wide - codes + (m * n / 8 if recipe.pattern.density == 1 else 0)
-    if repair.get("factors", "float") != "float":
-        saved += k * ((m + n) * (wide - 1) - 4)
-    return int(saved)
+def _after(shape: tuple[int, int], recipe: Recipe, width: int) -> int:
+    """Bytes of a layer of a resolved recipe."""
+    options, rank = recipe.refine.options(), recipe.rank or 0
+    kept = round(recipe.pattern.density * shape[0] * shape[1])
+    coded = {name: options.get(name) for name in ("values", "factors")}
+    grid, factors = (as_grid(None if v == "float" else v) for v in coded.values())
+    return stored_bytes(shape, kept, rank, grid=grid, factors=factors, width=width)
 
 
 def check_space(need: int, out: str | Path) -> None:

@@ -32,7 +32,8 @@ from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import streamed_losses
 from slr.evaluate.origin import provenance
 from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
-from slr.matrix.rounding import Grid
+from slr.matrix.accounting import stored_bytes
+from slr.matrix.rounding import Grid, as_grid
 from slr.methods.blockwise import calibration_inputs, plan_layers, prepare_block
 from slr.model import data, distributed
 from slr.model.block import LayerReport, compress_block
@@ -241,9 +242,42 @@ def reproduce(
                 told: dict[str, Any] = {"row": cell.row, "column": cell.column}
                 for key in ("pruned_error", "error") if reports else ():
                     told[key] = sum(getattr(r, key) for r in reports) / len(reports)
+                told |= sizes(folder, cell.grid, reports)
                 _write(cell.file(out), {**told, "what": what, "about": about}, texts, losses)
             bar.update()
     return grid(spec, out)
+
+
+def sizes(folder: Path, grid: Grid | None, reports: Sequence[LayerReport]) -> dict[str, int]:
+    """What a model takes that was measured: ``bytes`` on disk, and ``weights`` and ``in_layers``.
+
+    Args:
+        folder: of the dense checkpoint.
+        grid: that the linear layers of its blocks are rounded to; or
+        reports: of its layers, compressed; none of either is the dense model.
+
+    Returns:
+        ``bytes`` of all tensors, ``in_layers`` those of the linear layers of the blocks,
+        ``weights``, how many entries these have when dense, and ``products``, how many
+        multiplications a token takes in them.
+    """
+    stream = Stream(folder)
+    width, shapes = stream.dtype.itemsize, []
+    for block in stream.blocks:
+        shapes += [tuple(m.weight.shape) for m in block.modules() if isinstance(m, nn.Linear)]
+    weights = sum(m * n for m, n in shapes)
+    products = weights
+    if grid is not None:
+        inside = sum(stored_bytes((m, n), m * n, grid=grid) for m, n in shapes)
+    else:
+        inside = width * (weights - sum(r.shape[0] * r.shape[1] for r in reports))
+    for r in reports:
+        coded = {"grid": as_grid(r.grid), "factors": as_grid(r.factors)}
+        inside += stored_bytes(r.shape, r.kept, r.rank, width=width, **coded)
+        products += r.kept + r.rank * sum(r.shape) - r.shape[0] * r.shape[1]
+    whole = sum(p.numel() * width for p in stream.model.parameters())
+    size = whole - width * weights + inside
+    return {"bytes": size, "in_layers": inside, "weights": weights, "products": products}
 
 
 def _digest(windows: Tensor) -> dict:

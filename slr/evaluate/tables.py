@@ -10,6 +10,7 @@ Book: chapter 10.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -64,11 +65,15 @@ def at_least(least: int) -> Callable[[Any], bool]:
 
 
 # What a JSON file has to say.
-NAMES = ("a list of names", _names)
 DTYPE = ("float32, bfloat16 or float16", _dtype)
+NAMES = ("a list of names", _names)
 FIELDS = {
     **{key: ("text", is_text) for key in ("title", "model", "text", "calibration")},
-    **{key: NAMES for key in ("masks", "repairs", "columns")},
+    **{
+        key: ("a list of names", lambda value: value == [] or _names(value))
+        for key in ("masks", "repairs", "columns")
+    },
+    "entries": ("a mapping", is_mapping),
     "dtype": DTYPE,
     "seqlen": ("2 tokens or more", at_least(2)),
     "limit": ("null, or 1 window or more", or_none(at_least(1))),
@@ -115,7 +120,7 @@ class Cell:
     def file(self, out: Path) -> Path:
         """Where its JSON is kept under `out`."""
         column = self.column.replace(":", "-").replace("/", "-rank-")
-        return out / self.row.replace("/", "-").replace(" ", "-") / f"{column}.json"
+        return out / re.sub(r"[/ ,:%+]+", "-", self.row) / f"{column}.json"
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class Spec:
         published: file of published numbers, if any.
         options: more options of the recipes of some repairs, by the repair's name.
         rounded: grids for the plain alternative, rows of their own: ``["int8", "int4 by 32"]``.
+        entries: rows of one cell each, by name: options of their recipes beside `recipe`.
     """
 
     name: str
@@ -148,12 +154,13 @@ class Spec:
     limit: int | None
     calibration: str
     recipe: dict[str, Any]
-    masks: Sequence[str]
-    repairs: Sequence[str]
-    columns: Sequence[str]
+    masks: Sequence[str] = ()
+    repairs: Sequence[str] = ()
+    columns: Sequence[str] = ()
     published: str | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     rounded: Sequence[str] = ()
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str) -> Spec:
@@ -164,7 +171,8 @@ class Spec:
         """
         name, told = told_by(name)
         try:
-            check_spec(told, FIELDS, published=None, options={}, rounded=[])
+            absent: dict[str, Any] = {"masks": [], "repairs": [], "columns": [], "entries": {}}
+            check_spec(told, FIELDS, published=None, options={}, rounded=[], **absent)
             spec = cls(name=name, **told)
             for repair in spec.repairs:
                 if repair not in REPAIRS:
@@ -179,7 +187,8 @@ class Spec:
     def rows(self) -> list[str]:
         """Names of the rows, in the order of the table."""
         repaired = [f"{m}/{REPAIRS[r][0]}" for m in self.masks for r in self.repairs]
-        return ["dense", *(f"rounded/{name}" for name in self.rounded), *repaired]
+        rounded = [f"rounded/{name}" for name in self.rounded]
+        return ["dense", *rounded, *self.entries, *repaired]
 
     def cells(self, rows: Sequence[str] = ("*",), columns: Sequence[str] = ()) -> Iterator[Cell]:
         """The cells of some rows and columns, the cheapest first.
@@ -206,6 +215,9 @@ class Spec:
         for name in self.rounded:
             if wanted(f"rounded/{name}"):
                 yield Cell(f"rounded/{name}", "dense", None, Grid.parse(name))
+        for name, options in self.entries.items():
+            if wanted(name):
+                yield Cell(name, "dense", Recipe.fitting(**{**self.recipe, **options}))
         for repair in sorted(self.repairs, key=list(REPAIRS).index):
             for mask in self.masks:
                 row, options = REPAIRS[repair]

@@ -6,7 +6,8 @@ tensor          shape                 what
 ``codes``       (bits, ⌈kept / 8⌉)    those of the kept entries, row by row, a plane for each bit,
                                       lowest first; (1, kept), whole bytes, for 8 bits
 ``scale``       (m, groups)           of each group, bfloat16 as int16
-``zero``        (m, groups)           the code of 0, uint8; absent for a symmetric grid
+``zero``        (bits, ⌈m groups/8⌉)  the code of 0 in each, packed likewise; absent for a symmetric
+                                      grid
 ``bitmask``     (⌈m n / 8⌉,)          the mask; absent if all entries are kept
 ``B_codes``     (k, m)                of Bᵀ, and ``A_codes`` (k, n), bytes, where they have codes,
 ``B_scale``     (k,)                  and ``A_scale``; else ``B`` and ``A`` as in other layers
@@ -123,7 +124,7 @@ class RoundedLinear(SLRLinear):
         self.codes = pack_codes(coded.sparse.codes[mask], self.grid.bits)
         self.scale = _stored(scale)
         if self.zero is not None:
-            self.zero = zero.to(torch.uint8)
+            self.zero = pack_codes(zero.to(torch.uint8).flatten(), self.grid.bits)
         if self.bitmask is not None:
             self.bitmask = pack_mask(mask)
         if coded.B is None or coded.A is None:
@@ -165,10 +166,12 @@ class RoundedLinear(SLRLinear):
         def room(*size: int, kind: torch.dtype = torch.uint8) -> Tensor:
             return torch.empty(size, dtype=kind, device=device)
 
-        whole = (1, kept) if grid.bits == 8 else (grid.bits, -(-kept // 8))
-        self.register_buffer("codes", room(*whole))
+        def planes(count: int) -> Tensor:
+            return room(1, count) if grid.bits == 8 else room(grid.bits, -(-count // 8))
+
+        self.register_buffer("codes", planes(kept))
         self.register_buffer("scale", room(m, groups, kind=torch.int16))
-        self.register_buffer("zero", None if grid.symmetric else room(m, groups))
+        self.register_buffer("zero", None if grid.symmetric else planes(m * groups))
         self.register_buffer("bitmask", None if kept == m * n else room(-(-m * n // 8)))
         if factors is None or not rank:
             for name, size in (("B", (m, rank)), ("A", (rank, n))):
@@ -271,7 +274,9 @@ class RoundedLinear(SLRLinear):
         flat = unpack_codes(self.codes, self.kept)
         scale = _scale(self.scale)
         middle = scale.new_tensor(2.0 ** (self.grid.bits - 1)).expand_as(scale)
-        levels = Levels(scale, middle if self.zero is None else self.zero.float())
+        if self.zero is not None:
+            middle = unpack_codes(self.zero, scale.numel()).view_as(scale).float()
+        levels = Levels(scale, middle)
         if self.bitmask is None:
             return Rounded(flat.view(self._shape), levels, self.grid)
         codes = levels.spread(self.grid, self.in_features).zero.to(torch.uint8)

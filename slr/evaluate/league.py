@@ -1,0 +1,105 @@
+"""The league: every method at the bytes that it takes.
+
+Rows of a table (:class:`slr.evaluate.tables.Spec`) whose cells say what they weigh.  A row is on
+the *frontier* if no other is as small or smaller and better.  Book: chapter 16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from slr.evaluate.tables import Spec
+
+__all__ = ["Place", "as_table", "places"]
+
+ROUNDED = "rounded/"
+
+
+class Place(NamedTuple):
+    """One row of the league.
+
+    Attributes:
+        name: of the row.
+        bits: of a weight of the blocks' linear layers, all that is stored of them counted.
+        bytes: of the whole model on disk.
+        multiplications: share of the dense model's, in those layers.
+        perplexity: on the table's text, and `other` on a second one, ``None`` if not measured.
+        seconds: that the cell took: compressing and evaluating.
+        frontier: whether nothing that is as small is better, by `other` if it is there.
+    """
+
+    name: str
+    bits: float
+    bytes: int
+    multiplications: float
+    perplexity: float
+    other: float | None
+    seconds: float
+    frontier: bool = False
+
+
+def places(spec: Spec, out: str | Path, text: str | None = None) -> list[Place]:
+    """The rows that are measured, the smallest first.
+
+    Args:
+        spec: the table.
+        out: folder of its cells.
+        text: name of a second text.
+
+    Cells that do not say what they weigh, as those of earlier versions, are left out.
+    """
+    found = []
+    for cell in spec.cells():
+        file = cell.file(Path(out))
+        if not file.is_file():
+            continue
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if "in_layers" not in told or told["perplexity"] is None:
+            continue
+        other = told.get("also", {}).get(text or "", {}).get("perplexity")
+        share = told["products"] / told["weights"]
+        name = cell.row.replace(ROUNDED, "plain ")
+        bits = 8 * told["in_layers"] / told["weights"]
+        found.append(
+            Place(
+                name, bits, told["bytes"], share, told["perplexity"], other,
+                told["about"]["seconds"],
+            )
+        )  # fmt: skip
+    found.sort(key=lambda place: place.bits)
+    best, shown = float("inf"), []
+    for place in found:
+        value = place.perplexity if place.other is None else place.other
+        shown.append(place._replace(frontier=value < best))
+        best = min(best, value)
+    return shown
+
+
+def as_table(found: Sequence[Place], text: str | None = None) -> str:
+    """The league in columns; a star marks the frontier.
+
+    >>> print(as_table([Place("plain int8", 8.0, 10**6, 1.0, 20.0, None, 3.0, True)]))
+       row         bits   MB  arithmetic  perplexity  seconds
+    *  plain int8  8.00  1.0       1.000       20.00        3
+    """
+    rows = [
+        ["", "row", "bits", "MB", "arithmetic", "perplexity", *([f"on {text}"] if text else []),
+         "seconds"]
+    ]  # fmt: skip
+    for place in found:
+        other = "" if place.other is None else f"{place.other:.2f}"
+        rows.append([
+            "*" if place.frontier else "", place.name, f"{place.bits:.2f}",
+            f"{place.bytes / 1e6:.1f}", f"{place.multiplications:.3f}", f"{place.perplexity:.2f}",
+            *([other] if text else []), f"{place.seconds:.0f}",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        texts = [x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in
+                 enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        lines.append("  ".join(texts))
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Commands that measure: published tables, the league, and benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import slr.options as opt
+from slr import reports
+from slr.console import as_json, say
+from slr.console import table as columns_of
+
+__all__ = ["PASSED_ON", "bench", "league", "reproduce"]
+
+# `slr bench NAME …` hands on what it does not know.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="a published table by name, or a JSON spec")],
+    rows: Annotated[str, typer.Option(help="rows a,b of it, as 'dense,wanda/*'")] = "*",
+    columns: Annotated[str | None, typer.Option(help="columns a,b, as '0.5,2:4', or tasks")] = None,
+    model: Annotated[str | None, typer.Option(help=f"instead of its own: {opt.MODEL}")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="a second text to evaluate on: wikitext2 | a text file")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the cells  [default: results/measured/TABLE]")
+    ] = None,
+    device: opt.Device = "auto",
+    fresh: opt.Fresh = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Measure a published table, cell by cell; a stopped run goes on when called again."""
+    from slr.evaluate import benchmarks, reproduction
+
+    spec = benchmarks.spec_of(table)
+    name = spec.name if model is None else model.strip("/").replace("/", "-")
+    if model is not None and isinstance(spec, benchmarks.Benchmarks):
+        name += "-benchmarks"
+    out = out or Path("results") / "measured" / name
+    where, wanted = opt.device_of(device), columns.split(",") if columns else []
+    say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
+    if isinstance(spec, benchmarks.Benchmarks):
+        scores = benchmarks.reproduce(
+            spec, out, model=model, rows=rows.split(","), columns=wanted, device=where,
+            fresh=fresh, progress=True,
+        )  # fmt: skip
+        told = {"table": spec.name, "measured": scores}
+        print(as_json(told) if json_output else benchmarks.as_text(scores, spec.rows))
+        return
+    measured = reproduction.reproduce(
+        spec, out, model=model, rows=rows.split(","), columns=wanted, text=text, device=where,
+        fresh=fresh, progress=True,
+    )  # fmt: skip
+    known = reproduction.published(spec) if model is None else {}
+    if json_output:
+        print(as_json({"table": spec.name, "measured": measured, "published": known}))
+        return
+    print(reproduction.as_text(measured, known, wanted or spec.columns))
+    if text is not None:
+        other = reproduction.grid(spec, out, Path(text).name)
+        print(f"\non {text}:\n{reproduction.as_text(other, {}, wanted or spec.columns)}")
+
+
+def league(
+    model: Annotated[str, typer.Argument(help=opt.MODEL)] = "smollm2",
+    rows: Annotated[str, typer.Option(help="rows a,b of it, as 'rounded/*,ours*'")] = "*",
+    text: Annotated[
+        str | None, typer.Option(help="a second text to evaluate on: wikitext2 | a text file")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the cells  [default: results/measured/league]")
+    ] = None,
+    device: opt.Device = "auto",
+    fresh: opt.Fresh = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Every method on one model, at the bytes that it takes; a stopped run goes on."""
+    from slr.evaluate import league as places_of
+    from slr.evaluate import reproduction
+
+    spec, where = reproduction.Spec.read("league"), opt.device_of(device)
+    name = "league" if model == spec.model else f"league-{Path(model).name}"
+    out = out or Path("results") / "measured" / name
+    say(f"{spec.title}: {model} -> {out}, on {where}")
+    reports.folder_of(model)
+    reproduction.reproduce(
+        spec, out, model=model, rows=rows.split(","), text=text, device=where, fresh=fresh,
+        progress=True,
+    )  # fmt: skip
+    second = None if text is None else Path(text).name
+    found = places_of.places(spec, out, second)
+    if json_output:
+        print(as_json({"model": model, "league": [place._asdict() for place in found]}))
+        return
+    print(places_of.as_table(found, second))
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="which; all are listed without one")] = None,
+) -> None:
+    """Run a benchmark, which prints a table; without a name, list them.
+
+    What follows its name are its own options; --help shows them.
+    """
+    import runpy
+
+    names = opt.benchmarks()
+    if name in (None, "--help"):
+        print("slr bench NAME [its own options; --help shows them]\n")
+        print(columns_of(list(names.items())))
+        return
+    if name not in names:
+        raise ValueError(f"benchmark {name!r} is unknown; it must be one of {', '.join(names)}")
+    sys.argv = [f"benchmarks/{name}.py", *context.args]
+    runpy.run_module(f"slr.benchmarks.{name}", run_name="__main__")
