@@ -26,7 +26,7 @@ from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.agree import agreement
 from slr.evaluate.origin import provenance
-from slr.evaluate.reproduction import round_linears
+from slr.model.plain import round_linears
 from slr.matrix.rounding import Grid
 from slr.model import data
 from slr.model.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slr.checkpoint import named
-from slr.checkpoint.cards import far
+from slr.checkpoint.cards import beaten, far
 from slr.checkpoint.estimates import Estimate, estimate
 from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.sizes import Summary, megabytes
@@ -84,7 +84,8 @@ def report(layers: list, times: dict, source: Path, out: Path, json_output: bool
     """What a compression of a folder did."""
     sizes = {"dense_MB": megabytes(source), "compressed_MB": megabytes(out)}
     measured = (about(out) or {}).get("measured")
-    kinds = Summary.of({layer.name: layer.stored() for layer in layers}).kinds["all"]
+    summary = Summary.of({layer.name: layer.stored() for layer in layers})
+    kinds = summary.kinds["all"]
     mean = {key: kinds[key] for key in ("pruned_error", "error")}
     if json_output:
         told = {"layers": len(layers), **times, **mean, **sizes, "measured": measured}
@@ -100,13 +101,13 @@ def report(layers: list, times: dict, source: Path, out: Path, json_output: bool
     rows.append(("weights on disk", "{dense_MB:.1f} -> {compressed_MB:.1f} MB".format(**sizes)))
     rows += measured_rows(measured)
     print(table([*rows, ("seconds", f"{times['seconds']:.1f}")]))
-    _warn(measured)
-
-
-def _warn(measured: dict | None) -> None:
-    warning = None if measured is None else far(measured)
+    if measured is None:
+        return
+    warning, rival = far(measured), beaten(measured, summary.bits)
     if warning is not None:
         say(f"slr: warning: {warning}")
+    if rival is not None:
+        say(f"slr: {rival}")
 
 
 def describe(notes: dict, found: Summary, size: float) -> None:
@@ -124,6 +125,7 @@ def describe(notes: dict, found: Summary, size: float) -> None:
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.items())),
         ("weights", f"{size:.1f} MB"),
         ("parameters of compressed layers", f"{found.dense:,} -> {found.kept:,} {share}"),
+        ("bits a weight in them", f"{found.bits:.2f} (plain int8: 8, plain int4 by 32: 4.6)"),
         *measured_rows(notes.get("measured")),
         ("multiplied on this CPU by", native.in_use()),
     ]

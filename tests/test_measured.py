@@ -15,6 +15,7 @@ from slr.checkpoint.work import HELD_OUT, look
 from slr.cli import app
 from slr.methods.blockwise import compress_model
 from slr.model import data
+from slr.model.plain import PLAIN, round_linears
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
@@ -40,6 +41,10 @@ def test_the_three_perplexities_are_those_of_the_models(small, tmp_path):
         "pruned": slr.perplexity(pruned, windows),
         "result": slr.perplexity(out, windows),
     }
+    for name, grid in PLAIN.items():
+        plain = slr.load(small, dtype=torch.float32)
+        round_linears(plain.model.layers, grid)
+        want[name] = slr.perplexity(plain, windows)
     assert list(found["perplexity"]) == list(want)
     for kind, value in want.items():
         assert found["perplexity"][kind] == pytest.approx(value, rel=1e-3), kind
@@ -82,7 +87,9 @@ def test_a_result_far_from_dense_is_warned_of():
 def test_a_perplexity_that_is_not_finite_loses_no_work(small, tmp_path, monkeypatch):
     monkeypatch.setattr("slr.model.heldout.exponential", lambda losses: float("inf"))
     slr.compress(small, Recipe("magnitude", refine="none"), out=tmp_path / "out")
-    assert about(tmp_path / "out")["measured"]["perplexity"] == {"dense": None, "result": None}
+    assert about(tmp_path / "out")["measured"]["perplexity"] == {
+        "dense": None, "result": None, "plain int8": None, "plain int4 by 32": None,
+    }  # fmt: skip
     assert "not finite" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "not finite" in run(app, ["info", str(tmp_path / "out")]).stdout
     assert "not finite" in far({"perplexity": {"dense": 10.0, "result": None}})

@@ -47,7 +47,7 @@ def evaluate(folder, *more):
 
 def test_from_any_directory_it_is_the_same_source(made, tmp_path, monkeypatch):
     expected = compare(made, WINDOWS)
-    assert list(expected) == ["dense", "pruned", "refined"]
+    assert list(expected) == ["dense", "plain int8", "plain int4 by 32", "pruned", "refined"]
     shutil.copytree(tmp_path / "one" / "model", tmp_path / "two" / "model")
     louder(tmp_path / "two" / "model")
     monkeypatch.chdir(tmp_path / "two")
@@ -77,7 +77,13 @@ def test_a_source_that_has_moved_is_found_when_named(made, tmp_path):
     assert (code, set(json.loads(out)["perplexity"])) == (0, {"refined"})
     assert "(without its source: its source 'model' is not here; give it by --source)" in told
     code, told, out = evaluate(made, "--source", tmp_path / "moved")
-    assert list(json.loads(out)["perplexity"]) == ["dense", "pruned", "refined"]
+    assert list(json.loads(out)["perplexity"]) == [
+        "dense",
+        "plain int8",
+        "plain int4 by 32",
+        "pruned",
+        "refined",
+    ]
     louder(tmp_path / "moved")
     assert evaluate(made, "--source", tmp_path / "moved")[0] == 2
     for wrong, says in (
@@ -98,7 +104,13 @@ def test_a_folder_that_does_not_say_what_its_source_was(made, tmp_path):
     assert (code, set(json.loads(out)["perplexity"])) == (0, {"refined"})
     assert "what its source 'model' was is not recorded; give it by --source" in told
     code, _, out = evaluate(made, "--source", tmp_path / "one" / "model")
-    assert list(json.loads(out)["perplexity"]) == ["dense", "pruned", "refined"]
+    assert list(json.loads(out)["perplexity"]) == [
+        "dense",
+        "plain int8",
+        "plain int4 by 32",
+        "pruned",
+        "refined",
+    ]
     code, told, _ = evaluate(made, "--source", "tiny")
     assert code == 2
     assert "does not fit" in told
@@ -117,7 +129,13 @@ def test_a_downloaded_folder_opens_no_path_unasked(made, tmp_path, monkeypatch, 
     assert (code, set(json.loads(out)["perplexity"]), opened) == (0, {"refined"}, [])
     assert "it was downloaded; give its source by --source, or --compare" in told
     code, _, out = evaluate(folder, "--compare")
-    assert list(json.loads(out)["perplexity"]) == ["dense", "pruned", "refined"]
+    assert list(json.loads(out)["perplexity"]) == [
+        "dense",
+        "plain int8",
+        "plain int4 by 32",
+        "pruned",
+        "refined",
+    ]
     assert opened == [tmp_path / "one" / "model"]
 
 

@@ -25,6 +25,7 @@ from slr.matrix.steps import Iterated
 from slr.model.arithmetic import compute_dtype
 from slr.model.block import compress_layer, measure
 from slr.model.calibrate import BlockInputs, first_inputs, observe
+from slr.model.heldout import KINDS
 from slr.model.recipe import Recipe
 from slr.model.streams import look, stages
 
@@ -76,7 +77,7 @@ def estimate(work: Prospect) -> Estimate:
     blocks, held = len(stream.blocks), 0 if work.held is None else len(work.held)
     count = 0 if work.windows is None else len(work.windows)
     once = 1 if inputs is None else len(inputs.hidden)
-    chains = 0 if work.held is None else 3
+    chains = 0 if work.held is None else len(KINDS)
     head = running * _head(work)
     # A step of tuning is a run forwards and two backwards.
     passes = count * (observing + running * (1 + 3 * recipe.tune))

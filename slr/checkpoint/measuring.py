@@ -25,7 +25,7 @@ from slr.matrix.steps import NoRepair
 from slr.model import distributed, hf
 from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport
-from slr.model.heldout import HeldOut
+from slr.model.heldout import KINDS, HeldOut
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
@@ -45,9 +45,8 @@ def watched(work: Work) -> HeldOut | None:
         return None
     recipe, stream = work.method, work.stream
     assert isinstance(recipe, Recipe)
-    kinds: tuple[str, ...] = ("dense", "pruned", "result")
-    if distributed.world() > 1 or all(isinstance(r.refine, NoRepair) for r in recipe.variants()):
-        kinds = ("dense", "result")
+    alone = all(isinstance(r.refine, NoRepair) for r in recipe.variants())
+    kinds = tuple(k for k in KINDS if k != "pruned" or not (alone or distributed.world() > 1))
     return HeldOut(
         stream.model, work.held, kinds=kinds, folder=work.journal.scratch,
         dtype=compute_dtype(stream.dtype, stream.device),

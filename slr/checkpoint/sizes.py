@@ -184,12 +184,14 @@ class Summary(NamedTuple):
     Attributes:
         dense: parameters of the layers before.
         kept: now, entries of S and of the factors.
+        bits: of a weight, all that is stored of these layers counted.
         kinds: by the last part of the layers' names, and ``"all"``: ``number``, ``ranks``, and the
             means of ``pruned_error``, ``error`` and ``output_error`` (``None`` if unknown).
     """
 
     dense: int
     kept: int
+    bits: float
     kinds: dict[str, dict]
 
     @classmethod
@@ -215,4 +217,11 @@ class Summary(NamedTuple):
             table[kind] = row
         dense = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
         kept = sum(la["kept"] + la["rank"] * sum(la["shape"]) for la in layers.values())
-        return cls(dense, kept, table)
+        stored = sum(
+            stored_bytes(
+                la["shape"], la["kept"], la["rank"], grid=as_grid(la.get("grid")),
+                factors=as_grid(la.get("factors")),
+            )
+            for la in layers.values()
+        )  # fmt: skip
+        return cls(dense, kept, 8 * stored / dense, table)

@@ -1,4 +1,4 @@
-"""A compressed folder beside its source: dense, pruned but not repaired, and as it is.
+"""A compressed folder beside its source: dense, only rounded, only pruned, and as it is.
 
 Book: chapter 9.
 """
@@ -15,9 +15,13 @@ from slr.checkpoint.folder import about, load, resolve
 from slr.checkpoint.source import downloaded, source_of
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import perplexity
+from slr.evaluate.reproduction import measure
 from slr.layer.linear import SLRLinear
 from slr.methods.blockwise import compress_model
+from slr.model.blocks import decoder_blocks
 from slr.model.data import OURS
+from slr.model.losses import exponential
+from slr.model.plain import PLAIN, round_linears
 from slr.model.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,8 +88,9 @@ def compare(folder: str | Path, windows: Tensor, **options: Any) -> dict[str, fl
         options: as for :func:`comparison_of`.
 
     Returns:
-        By name: ``"dense"`` and ``"pruned"``, if the source (and, where pruning has to be done
-        again, its calibration text) is there, and the repair's.
+        By name: ``"dense"``, the plain alternatives (:data:`slr.model.plain.PLAIN`) and
+        ``"pruned"``, if the source (and, where pruning has to be done again, its calibration text)
+        is there, and the repair's.
 
     Raises:
         ValueError: as :func:`comparison_of`.
@@ -138,10 +143,20 @@ def comparison_of(
     if stream:
         if origin is not None:
             values["dense"] = measured(origin, "dense", stream=True, **options)
+            for plain, grid in PLAIN.items():
+                losses = measure(
+                    origin, grid, windows, progress=plain if progress else None, **options
+                )[0]
+                values[plain] = exponential(losses)
         return Comparison({**values, name: measured(folder, name, stream=True, **options)}, why)
     loaded: nn.Module = load(folder, dtype=dtype)
     if notes is not None and origin is not None:
         values["dense"] = measured(origin, "dense", **options)
+        for plain, grid in PLAIN.items():
+            model = load(origin, dtype=dtype)
+            round_linears(decoder_blocks(model), grid)
+            values[plain] = measured(nn.Module.to(model, device), plain)
+            del model
         if notes["recipe"]["refine"] != "none" and "prune" in notes["recipe"]:
             pruned = load(origin)
             if _may_read(folder, notes) and prune_again(pruned, loaded, notes, origin):

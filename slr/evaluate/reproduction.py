@@ -39,6 +39,7 @@ from slr.model import data, distributed
 from slr.model.block import LayerReport, compress_block
 from slr.model.edges import check_entries, is_mapping, is_number, or_none
 from slr.model.losses import exponential
+from slr.model.plain import round_linears
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 from slr.model.tensors import read_json
@@ -52,7 +53,6 @@ __all__ = [
     "measure",
     "published",
     "reproduce",
-    "round_linears",
     "specs",
     "suggested_model",
 ]
@@ -160,13 +160,6 @@ def measure(
             stream, windows, progress=progress, calibration=observed, change=change
         )
     return value, reports
-
-
-def round_linears(module: nn.Module, grid: Grid) -> None:
-    """Round the weights of all linear layers of a module, in place."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = grid.nearest(layer.weight.data)
 
 
 def reproduce(

@@ -167,6 +167,7 @@ def compress_block(
             _put(block, made)
     if held is not None:  # the block is wanted in three forms
         held.advance("dense", index, dense)
+        held.plain(index, dense)
         held.pruned(index, dense, pruned)
         _put(block, layers)
     if tune and inputs is not None:

@@ -1,8 +1,8 @@
 """What a compression does to held-out text, measured while it goes on.
 
-Three models read the same windows block by block: the dense one, the one that pruning left, and
-the result.  At the end their perplexities are known, at the price of three forward passes over a
-few windows, however large the model is.
+Several models read the same windows block by block: the dense one, the one that pruning left, the
+result, and the plain alternatives, which are only rounded.  At the end their perplexities are
+known, at the price of a forward pass each over a few windows, however large the model is.
 
 Book: chapter 9.
 """
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from slr.model.arithmetic import computing
 from slr.model.calibrate import BlockInputs, first_inputs
 from slr.model.losses import exponential, window_losses
+from slr.model.plain import PLAIN, rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["HeldOut"]
+__all__ = ["KINDS", "HeldOut"]
 
-KINDS = ("dense", "pruned", "result")
+KINDS = ("dense", "pruned", "result", *PLAIN)
 
 
 class HeldOut:
@@ -33,7 +34,8 @@ class HeldOut:
     Args:
         model: whose modules outside of the blocks are filled.
         windows: int64 (count, seqlen).
-        kinds: some of ``"dense"``, ``"pruned"``, ``"result"``.
+        kinds: some of ``"dense"``, ``"pruned"``, ``"result"`` and the names of
+            :data:`slr.model.plain.PLAIN`.
         dtype: to run blocks in.
         folder: where large inputs may be kept on disk.
 
@@ -73,6 +75,13 @@ class HeldOut:
         finally:
             for name, weight in own.items():
                 block.get_parameter(f"{name}.weight").data = weight
+
+    def plain(self, index: int, block: nn.Module) -> None:
+        """The same of the plain alternatives, which round the dense block."""
+        for name, grid in PLAIN.items():
+            if name in self.inputs:
+                with rounded(block, grid):
+                    self.advance(name, index, block)
 
     def state(self) -> dict[str, Tensor]:
         """Where the windows are, by kind, to be kept on disk."""
