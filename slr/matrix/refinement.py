@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr.matrix.assembly import assemble, in_units, working
-from slr.matrix.checks import check_count, check_mask, check_matrix, check_rank
+from slr.matrix.assembly import assemble, in_units, posed, scales, working
+from slr.matrix.checks import check_count
 from slr.matrix.filled import (
     POLISH,
     RANGE,
@@ -50,7 +50,7 @@ from slr.matrix.filled import (
 )
 from slr.matrix.gram import best_low_rank, refine_gram
 from slr.matrix.lowrank import truncated_svd
-from slr.matrix.metric import Diagonal, Gram, Identity, Metric
+from slr.matrix.metric import Gram, Metric
 from slr.matrix.patterns import Pattern, parse
 from slr.matrix.result import Refined, Step
 
@@ -110,7 +110,7 @@ def svd_repair(
     >>> svd_repair(W, W > 3, 1).error  # off-diagonal [[0, 1], [2, 0]] keeps its 2
     1.0
     """
-    metric, weight = _check(weight, mask, rank, metric)
+    metric, weight = posed(weight, mask, rank, metric)
     if sparse is not None and (sparse.shape != weight.shape or bool(sparse[~mask].any())):
         raise ValueError("sparse must have the shape of weight and be zero off the mask")
     kept = weight * mask if sparse is None else sparse.detach()
@@ -123,7 +123,7 @@ def _one_shot(weight: Tensor, mask: Tensor, metric: Metric, rank: int, kept: Ten
     if isinstance(metric, Gram):
         B, A = best_low_rank(rest, metric, rank)
     else:
-        scale, back = _scales(metric, rest)
+        scale, back = scales(metric, rest)
         B, A = truncated_svd(rest * scale, rank).factors()
         A = A * back
     return assemble(weight, mask, (B, A), [], metric, lambda rows: kept[..., rows, :])
@@ -201,7 +201,7 @@ def refine(
     True
     """
     iterations = _check_choices(iterations, solver, schedule, tolerance)
-    metric, weight = _check(weight, mask, rank, metric)
+    metric, weight = posed(weight, mask, rank, metric)
     if update_mask is not None and not isinstance(metric, Gram):
         raise ValueError("update_mask needs metric=Gram(…)")
     if search not in SEARCHES:
@@ -249,7 +249,7 @@ def _by_weights(
     generator: torch.Generator, search: torch.dtype | None, **limits: Any,
 ) -> Refined:  # fmt: skip
     """Refine in the other metrics; what is no better than one SVD is done again, exactly."""
-    scale, back = _scales(metric, weight.new_empty((), dtype=working(weight)))
+    scale, back = scales(metric, weight.new_empty((), dtype=working(weight)))
     filled = Filled(weight, mask, scale, working(weight))
     leading = FullSVD(filled, rank) if exact else Subspace(filled, rank, generator, search)
     if leading.range > RANGE and weight.device.type in ("cpu", "cuda"):  # which have float64
@@ -325,26 +325,3 @@ def _check_choices(iterations: int, solver: str, schedule: str, tolerance: float
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it must be from 0 to below 1")
     return int(iterations)
-
-
-def _check(weight: Tensor, mask: Tensor, rank: int, metric: Metric | None) -> tuple[Metric, Tensor]:
-    """Raise unless the problem is well posed; the metric, and the weight without its history."""
-    check_matrix("weight", weight, batch=True)
-    check_mask(mask, weight)
-    check_rank(rank, weight.shape[-2:])
-    metric = Identity() if metric is None else metric
-    if not isinstance(metric, Identity | Diagonal | Gram):
-        raise TypeError(f"metric is {metric!r}; it must be Identity(), Diagonal(d) or Gram(H)")
-    metric.check(weight.shape[-1])
-    if isinstance(metric, Gram) and weight.ndim != 2:
-        raise ValueError("Gram refines one matrix at a time, but weight is a stack")
-    return metric, weight.detach()
-
-
-def _scales(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Column scales of a Diagonal metric and their inverse, 0 for a silent channel; else ones."""
-    if not isinstance(metric, Diagonal):
-        one = like.new_ones(())
-        return one, one
-    scale = metric.scale.to(like.device, like.dtype)
-    return scale, (scale > 0) / torch.where(scale > 0, scale, 1)
