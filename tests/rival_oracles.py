@@ -57,7 +57,7 @@ def hassle_slowly(W: Tensor, H: Tensor, n: int, m: int, k: int, T: int) -> tuple
 
 
 def basil_slowly(
-    W: Tensor, H: Tensor, start: Tensor, pattern, k: int, T: int
+    W: Tensor, H: Tensor, start: Tensor, pattern, k: int, T: int, settled: float = 0.0003
 ) -> tuple[Tensor, Tensor, int]:
     """3BASiL from a pruned matrix: S, L refitted to it, and how many rounds it took, T at most.
 
@@ -83,7 +83,7 @@ def basil_slowly(
         L = low_rank_for_outputs(W - (back @ S).T, H, k)
         if t % 10 == 0:
             share = float((now != before).sum()) / float(now.sum())
-            if share == 0 or (t >= 100 and share < 0.0003):
+            if share == 0 or (t >= 100 and share < settled):
                 break
             rho *= 1.1 if share > 0.1 else 1.05 if share > 0.005 else 1.02
             before = now

@@ -17,6 +17,7 @@ from slr import options
 from slr.evaluate.tables import Spec
 from slr.matrix.metric import Diagonal, Gram
 from slr.matrix.pruners import Known
+from slr.matrix.rivals import basil
 from slr.matrix.rivals.exact import leading, projected
 from slr.matrix.steps import REPAIRS, prune_and_repair
 from slr.model.block import compress_layer
@@ -116,6 +117,16 @@ def test_3basil_is_what_the_paper_writes(pattern, iterations):
     assert_close(parts(found), (S, L), rtol=1e-6, atol=1e-8)
     assert len(found.trace) == -(-rounds // 10) + 1
     assert rounds < 1000
+
+
+@pytest.mark.parametrize("settled", [0.05, 0.5])
+def test_3basil_stops_late_at_few_flips(monkeypatch, settled):
+    """Shares that this small matrix can have; the paper's is less than one of its entries."""
+    full, pruned = repaired("3basil")
+    monkeypatch.setattr(basil, "SETTLED", settled)
+    found, _ = repaired("3basil")
+    _, _, rounds = basil_slowly(W, H, pruned.weight, slr.NM(2, 4), 3, 2000, settled)
+    assert 10 < len(found.trace) == rounds // 10 + 1 < len(full.trace)
 
 
 @given(
@@ -232,13 +243,13 @@ def test_bad_input_is_named(name):
     bad = W.clone()
     bad[0, 0] = float("nan")
     for weight, known, rank, says in (
-        (W, Known(), 3, f"'{RIVALS[name]}' needs a"),
+        (W, Known(), 3, f"'{name}' needs a"),
         (W, KNOWN, 25, "rank is 25; for a matrix of shape (24, 32) it must be from 1 to 24"),
-        (W, Known(NORM[:8], H[:8, :8]), 3, "32"),
+        (W, Known(NORM[:8], H[:8, :8]), 3, "but the weight has 32 columns"),
         (bad, KNOWN, 3, "weight holds 1 non-finite values"),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
-            repaired(name, weight, known, rank=rank)
+            repaired(name, weight, known, prune="magnitude", rank=rank)
     with pytest.raises(ValueError, match="the rank is not resolved"):
         repaired(name, rank=None)
 
