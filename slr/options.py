@@ -93,7 +93,7 @@ Rank = Annotated[int | None, Option(help="rank of the repair")]
 RankRatio = Annotated[float | None, Option(help="rank over hidden size (default: 1/32)")]
 Iterations = Annotated[
     int | None,
-    Option(help="of the refinement (default: 50; of oats 80, hassle 20, 3basil at most 2000)"),
+    Option(help="of the refinement (default: 50; of oats 80, hassle 20, 3basil at most 400)"),
 ]
 Schedule = Annotated[str | None, Option(help=f"{' | '.join(SCHEDULES)} (default: paper)")]
 Tolerance = Annotated[

@@ -320,5 +320,5 @@ def test_rows_of_the_table():
     assert len(rows) == 10
     cells = {cell.row: cell.recipe for cell in spec.cells(columns=["2:4"]) if cell.row in rows}
     assert {row.split("/")[1]: cells[row].refine.options().get("iterations") for row in rows} == {
-        "oats": 80, "slim": None, "hassle": 20, "3basil": 2000,
+        "oats": 80, "slim": None, "hassle": 20, "3basil": 400,
     }  # fmt: skip

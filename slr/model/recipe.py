@@ -51,7 +51,7 @@ class Recipe:
             reads data, else ``"weights"`` with the accelerated schedule.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
-        iterations: of the refinement, 50 by default; of OATS 80, HASSLE-free 20, 3BASiL 2000.
+        iterations: of the refinement, 50 by default; of OATS 80, HASSLE-free 20, 3BASiL 400.
         schedule: of a refinement of weights, ``"paper"`` (default), or see
             :data:`slr.matrix.refinement.SCHEDULES`.
         tolerance: stop refining when an iteration lowers the error by less than this share of
