@@ -53,8 +53,8 @@ class ThreeBASiL(Repair):
     last S.  Here B A is the exact best for them.
 
     Args:
-        iterations: rounds, at most; 2000 in the paper's code, but about 300 settle the mask, and
-            fewer cost more than they save.  The trace has every tenth.
+        iterations: rounds, at most; 2000 in the paper's code, where, as here, the mask settles
+            long before that.  The trace has every tenth.
 
     Cost: a round 4 m n² + 2 m n q + O(q³) FLOPs, q = min(m, n); an eigendecomposition of H once
         and 2 n³ every ten rounds; eight matrices of the size of W and three of H.
