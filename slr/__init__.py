@@ -23,6 +23,7 @@ from slr.matrix.patterns import NM, Unstructured
 from slr.matrix.pruning import Pruned, prune
 from slr.matrix.refinement import refine, svd_repair
 from slr.matrix.result import Refined
+from slr.matrix.rounding import Grid
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.model import hf
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from slr.checkpoint.exporting import export
     from slr.checkpoint.folder import load, load_tokenizer
     from slr.checkpoint.sizes import checkpoint_account, model_account
+    from slr.checkpoint.tuned import tune
     from slr.checkpoint.verification import verify
     from slr.evaluate.likelihood import perplexity
     from slr.methods.blockwise import compress_model
@@ -58,6 +60,7 @@ LATER = {
     "model_account": "checkpoint.sizes",
     "observe": "model.calibrate",
     "perplexity": "evaluate.likelihood",
+    "tune": "checkpoint.tuned",
     "verify": "checkpoint.verification",
 }
 
@@ -69,6 +72,7 @@ __all__ = [
     "Diagonal",
     "Gram",
     "GramStatistic",
+    "Grid",
     "Identity",
     "LayerReport",
     "LoSparse",
@@ -99,6 +103,7 @@ __all__ = [
     "steps",
     "svd_repair",
     "tiny",
+    "tune",
     "verify",
 ]
 

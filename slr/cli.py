@@ -21,7 +21,7 @@ from slr.checkpoint import conversion
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
 from slr.checkpoint.sizes import Summary, megabytes
-from slr.console import Commands, as_json, say, table
+from slr.console import Commands, as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
 from slr.model import data, distributed
@@ -227,6 +227,30 @@ def verify_(model: opt.Folder) -> None:
     files = slr.verify(model)
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"{model} is what was written: {len(files)} files, {size:.1f} MB")
+
+
+@app.command("tune")
+def tune_(
+    model: opt.Folder,
+    out: opt.Out,
+    passes: Annotated[int, typer.Option(help="over the calibration text")] = 4,
+    rate: Annotated[float | None, typer.Option(help="of Adam (default: 0.0001)")] = None,
+    calibration: opt.Calibration = None,
+    source: opt.Source = None,
+    device: opt.Device = "auto",
+) -> None:
+    """Tune a compressed folder as a whole, to predict what its dense source predicts."""
+    where = opt.device_of(device)
+    say(f"{model} -> {out}: {passes} passes, on {where}")
+    trace = slr.tune(
+        model, out, passes=passes, calibration=calibration, source=source, device=where,
+        progress=True, **opt.given(rate=rate),
+    )  # fmt: skip
+    if distributed.rank() == 0:
+        rows = [
+            ("divergence from the dense model", f"{trace[0]:.4f} -> {min(trace):.4f} nats a token")
+        ]
+        print(table([*rows, *measured_rows((about(resolve(str(out))) or {}).get("measured"))]))
 
 
 @app.command("export")

@@ -78,6 +78,13 @@ def card(about: dict, before: int, after: int, converted: str | None = None) -> 
         told = (
             f"Calibrated on {text['windows']} windows of {text['seqlen']} tokens of {text['text']}."
         )
+    tuned = about.get("tuned")
+    if tuned is not None:
+        told += (
+            f"\n\nThen tuned as a whole, {tuned['passes']} passes: Kullback-Leibler divergence from "
+            f"the dense model on held-out windows {tuned['divergence'][0]:.4f} before, "
+            f"{min(tuned['divergence']):.4f} after, in nats a token."
+        )
     rows = [
         f"| {kind} | {row['number']} | {', '.join(map(str, row['ranks']))} "
         f"| {row['pruned_error']:.4f} | {row['error']:.4f} "

@@ -29,7 +29,7 @@ from slr.model.heldout import KINDS, HeldOut
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
-__all__ = ["go_on", "keep", "measure", "take", "watched"]
+__all__ = ["PROMPT", "go_on", "keep", "measure", "take", "watched", "words"]
 
 PROMPT, WORDS = 24, 16  # tokens of the sample
 SMALL = 4e9  # bytes of a model that is loaded whole for the sample
@@ -122,17 +122,17 @@ def _sample(work: Work) -> dict | None:
     assert work.held is not None
     prompt = work.held[len(work.held) // 2][:PROMPT][None].to(source.device)
     tokenizer = load_tokenizer(source.folder)
-    dense = _words(stream.model, tokenizer, prompt)
+    dense = words(stream.model, tokenizer, prompt)
     for index in range(total - 1):
         name, block = stream.block(index)
         file = shard_name(index, total)
         reports = [LayerReport(**notes) for notes in work.journal.entries[file]["notes"]]
         take(stream, name, block, work.journal.folder / file, reports)
-    result = _words(stream.model, tokenizer, prompt)
+    result = words(stream.model, tokenizer, prompt)
     return {"prompt": tokenizer.decode(prompt[0]), "dense": dense, "result": result}
 
 
-def _words(model: Any, tokenizer: Any, prompt: Tensor) -> str:
+def words(model: Any, tokenizer: Any, prompt: Tensor) -> str:
     """The likeliest continuation of a prompt (1, tokens)."""
     ids = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=WORDS, do_sample=False,

@@ -27,7 +27,7 @@ from slr.matrix.rounding import Levels
 from slr.model import distributed
 from slr.model.calibrate import BlockInputs
 
-__all__ = ["tune_block"]
+__all__ = ["HELD", "descending", "trainable", "tune_block"]
 
 RATE = 1e-3  # of Adam, for values of the size that weights of language models have
 DECAY = (0.9, 0.95)
@@ -124,10 +124,10 @@ def tune_block(block: nn.Module, index: int, inputs: BlockInputs, passes: int) -
     assert inputs.dense is not None
     count = distributed.least(len(inputs.hidden))
     held = max(1, count // HELD) if count > 1 else 0
-    with _trainable(block) as parameters, torch.enable_grad():
+    with trainable(block) as parameters, torch.enable_grad():
         optimiser = torch.optim.Adam(parameters, lr=RATE, betas=DECAY)
         steps = passes * (count - held)
-        rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+        rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: descending(step, steps))
         watched = range(count - held, count) if held else range(count)
         trace = [_error(block, index, inputs, watched)]
         best = [p.detach().clone() for p in parameters]
@@ -147,15 +147,25 @@ def tune_block(block: nn.Module, index: int, inputs: BlockInputs, passes: int) -
     return trace
 
 
-def _rate(step: int, steps: int) -> float:
-    """Share of the rate at a step."""
+def descending(step: int, steps: int) -> float:
+    """Share of the rate at a step: a few to warm up, then a cosine to a tenth.
+
+    Cost: none.
+
+    >>> descending(8, 8) == 0.1
+    True
+    """
     warm = min(1.0, (step + 1) / WARM)
     return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
 @contextmanager
-def _trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """While open, the compressed layers and all that is no linear layer have float32 parameters."""
+def trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """While open, the compressed layers and all that is no linear layer have float32 parameters.
+
+    Args:
+        block: one, or a list of modules of them.
+    """
     layers = {name: m for name, m in block.named_modules() if isinstance(m, SLRLinear)}
     were: dict[nn.Parameter, tuple[torch.dtype, bool]] = {}
     kinds = {name: layer.dtype for name, layer in layers.items()}

@@ -1,0 +1,133 @@
+"""Tune a whole compressed model: what it keeps learns to predict what the dense model predicts.
+
+Blocks were compressed, and perhaps tuned, one after another, each for its own outputs.  Here kept
+weights (or the scales of codes), factors and norms of all blocks learn together, by Adam, to give
+every token the dense model's distribution over the next; masks and codes stay.  Some windows are
+held out, and what serves them best is kept.
+
+Book: chapter 17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slr.model import distributed
+from slr.model.arithmetic import compute_dtype, computing
+from slr.model.blocks import decoder_blocks, in_mode
+from slr.model.data import check_windows
+from slr.model.tuning import HELD, descending, trainable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["distil"]
+
+RATE = 1e-4  # of Adam: blockwise ten times as much is right, but here errors of all blocks add up
+
+
+def distil(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    windows: Tensor,
+    passes: int,
+    *,
+    rate: float = RATE,
+    progress: bool = False,
+) -> list[float]:
+    """Tune a compressed model in place, to the predictions of the dense one.
+
+    Args:
+        model: compressed, loaded; its embeddings, head and dense layers stay as they are.
+        teacher: the dense model, on the same device.
+        windows: int64 (count, seqlen), two or more; the last eighth is held out.  Under
+            ``torchrun`` each process takes its share.
+        passes: over the others, one window a step.
+        rate: of Adam; it falls to a tenth by a cosine.
+        progress: show a bar on standard error.
+
+    Returns:
+        The mean Kullback-Leibler divergence from the teacher on the held-out windows, in nats a
+        token, before and after each pass; what is left in the model is the best of them.
+
+    Raises:
+        ValueError, TypeError: as :func:`slr.model.data.check_windows`, or fewer than two windows.
+
+    Cost: a pass is three forward passes of the model and one of the teacher.  Memory: five float32
+        copies of what is tuned, and what a backward pass of one window needs, its logits above all.
+
+    Source: knowledge distillation (Hinton et al. 2015) at temperature 1.
+    """
+    check_windows(windows, model.config)
+    mine = distributed.mine(windows)
+    count = distributed.least(len(mine))
+    if count < 2:
+        raise ValueError(f"there are {count} windows; tuning needs two or more, one to hold out")
+    held = max(1, count // HELD)
+    narrow = compute_dtype(model.dtype, model.device)
+    with _ready(model, teacher, narrow), trainable(decoder_blocks(model)) as parameters:
+        optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95))
+        steps = passes * (count - held)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: descending(step, steps))
+        trace = [_mean(model, teacher, mine[count - held : count], narrow)]
+        best = [p.detach().clone() for p in parameters]
+        generator = torch.Generator().manual_seed(0)
+        hide = not progress or distributed.rank() > 0
+        with tqdm(total=steps, desc="tune", unit="window", disable=hide) as bar:
+            for _ in range(passes):
+                for window in torch.randperm(count - held, generator=generator).tolist():
+                    optimiser.zero_grad()
+                    with torch.enable_grad():
+                        _divergence(model, teacher, mine[window], narrow).backward()
+                    distributed.average([p.grad for p in parameters if p.grad is not None])
+                    optimiser.step()
+                    rates.step()
+                    bar.update()
+                trace.append(_mean(model, teacher, mine[count - held : count], narrow))
+                bar.set_postfix(divergence=f"{trace[-1]:.4f}")
+                if trace[-1] == min(trace):
+                    best = [p.detach().clone() for p in parameters]
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.data = value
+    return trace
+
+
+@contextmanager
+def _ready(model: nn.Module, teacher: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While open, neither drops out or asks for gradients but where it is tuned."""
+    asked = {p: p.requires_grad for each in (model, teacher) for p in each.parameters()}
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        with in_mode(model, False), in_mode(teacher, False), computing(teacher, dtype):
+            yield
+    finally:
+        for parameter, was in asked.items():
+            parameter.requires_grad_(was)
+
+
+def _divergence(model: nn.Module, teacher: nn.Module, ids: Tensor, narrow: torch.dtype) -> Tensor:
+    """KL(teacher ‖ model), the mean over the tokens of one window (seqlen,)."""
+    device = next(model.parameters()).device
+    ids = ids.to(device)[None]
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    with torch.autocast(device.type, narrow, enabled=narrow.itemsize < 4):
+        found = model(input_ids=ids, use_cache=False).logits[0]
+    found = found.float().log_softmax(-1)
+    return nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def _mean(model: nn.Module, teacher: nn.Module, windows: Tensor, narrow: torch.dtype) -> float:
+    """The mean over some windows, of all processes."""
+    values = [_divergence(model, teacher, ids, narrow) for ids in windows]
+    mean = torch.stack(values).mean()
+    distributed.average([mean])
+    return float(mean)

@@ -1,0 +1,119 @@
+"""Tuning a whole model: it comes nearer to the dense one, and what must stay stays."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slr
+from slr.checkpoint.folder import about
+from slr.cli import app
+from slr.layer.linear import SLRLinear
+from slr.layer.rounded import RoundedLinear
+from slr.model.distillation import distil
+
+WINDOWS = torch.randint(0, 60, (9, 24), generator=torch.Generator().manual_seed(3))
+
+
+def layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, SLRLinear)}
+
+
+@pytest.fixture(scope="module")
+def folders(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned")
+    slr.compress(small, slr.Recipe("magnitude", "0.7", refine="svd", rank=2), out=out / "sparse")
+    recipe = slr.Recipe(pattern="dense", values="int2 by 16", iterations=2)
+    slr.compress(small, recipe, out=out / "codes", calibration=WINDOWS)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["sparse", "codes"])
+def test_it_comes_nearer_and_masks_and_codes_stay(small, folders, kind):
+    teacher = slr.load(small, dtype=torch.float32)
+    student = slr.load(folders / kind, dtype=torch.float32)
+    before = {n: p.clone() for n, p in teacher.state_dict().items()}
+    was = {n: (m.mask, m.B, m.A) for n, m in layers(student).items()}
+    codes = {n: m.codes.clone() for n, m in layers(student).items() if kind == "codes"}
+    for layer in layers(student).values():
+        if kind == "codes":  # something to learn: all scales a quarter too large
+            layer.scale = (layer.scale.view(torch.bfloat16) * 1.25).view(torch.int16)
+            layer.check_()
+    embedding = student.get_input_embeddings().weight.clone()
+    trace = distil(student, teacher, WINDOWS, 3, rate=1e-3)
+    assert len(trace) == 4
+    assert min(trace) < 0.9 * trace[0]
+    for name, layer in layers(student).items():
+        assert torch.equal(layer.mask, was[name][0])
+        if kind == "codes":
+            assert isinstance(layer, RoundedLinear)
+            assert torch.equal(layer.codes, codes[name])
+    moved = [not torch.equal(m.B, was[n][1]) for n, m in layers(student).items()]
+    assert any(moved)
+    assert torch.equal(student.get_input_embeddings().weight, embedding)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(p.grad is not None for p in student.parameters())
+    with torch.no_grad():
+        logits = student(WINDOWS[-1:]).logits[0].log_softmax(-1)
+        wanted = teacher(WINDOWS[-1:]).logits[0].log_softmax(-1)
+    again = float((wanted.exp() * (wanted - logits)).sum(-1).mean())
+    # Scales and factors are rounded when they are packed again.
+    assert again == pytest.approx(min(trace), rel=1e-3 if kind == "sparse" else 0.3)
+
+
+def test_what_serves_held_out_windows_best_is_kept(small, folders):
+    teacher = slr.load(small, dtype=torch.float32)
+    student = slr.load(folders / "sparse", dtype=torch.float32)
+    first = {n: p.clone() for n, p in student.state_dict().items()}
+    trace = distil(student, teacher, WINDOWS, 2, rate=30.0)
+    assert min(trace) == trace[0]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, first[name])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "codes"])
+def test_a_folder_becomes_another(folders, tmp_path, kind):
+    out = tmp_path / "out"
+    trace = slr.tune(folders / kind, out, passes=1, calibration=WINDOWS, rate=1e-3)
+    slr.verify(out)
+    notes = about(out)
+    assert notes["tuned"]["divergence"] == trace
+    assert notes["recipe"] == about(folders / kind)["recipe"]
+    sizes = [sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (folders / kind, out)]
+    assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
+    assert slr.load(out).dtype == torch.bfloat16
+    assert "Then tuned as a whole" in (out / "README.md").read_text()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_command_and_what_is_measured(small, tmp_path):
+    made = tmp_path / "made"
+    options = {"samples": 4, "seqlen": 32}
+    slr.compress(small, slr.Recipe(pattern="0.7", refine="svd", rank=2, **options), out=made)
+    before = about(made)["measured"]["perplexity"]
+    done = CliRunner().invoke(
+        app, ["tune", str(made), "--out", str(tmp_path / "out"), "--passes", "2", "--rate", "0.001"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "divergence from the dense model" in done.stdout
+    after = about(tmp_path / "out")["measured"]
+    assert after["perplexity"]["dense"] == before["dense"]
+    assert after["perplexity"]["result"] != before["result"]
+    tuned, (count, seqlen) = slr.load(tmp_path / "out"), (after["windows"], after["seqlen"])
+    windows = slr.data.unseen("general", slr.load_tokenizer(small), seqlen, count)
+    assert slr.perplexity(tuned, windows) == pytest.approx(after["perplexity"]["result"], rel=0.02)
+
+
+def test_what_is_refused(small, folders, tmp_path):
+    out = tmp_path / "out"
+    for folder, options, message in (
+        (small, {}, "is not compressed"),
+        (folders / "sparse", {"passes": 0}, "passes is 0"),
+        (folders / "sparse", {"rate": 0.0}, "rate is 0"),
+        (folders / "sparse", {"calibration": WINDOWS[:1]}, "one to hold out"),
+        (folders / "sparse", {"source": tmp_path / "nothing"}, "nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            slr.tune(folder, out, **{"calibration": WINDOWS, **options})
+        assert not out.exists()
+        assert not (tmp_path / "out.partial").exists()
