@@ -81,8 +81,8 @@ def card(about: dict, before: int, after: int, converted: str | None = None) -> 
     tuned = about.get("tuned")
     if tuned is not None:
         told += (
-            f"\n\nThen tuned as a whole, {tuned['passes']} passes: Kullback-Leibler divergence from "
-            f"the dense model on held-out windows {tuned['divergence'][0]:.4f} before, "
+            f"\n\nThen tuned as a whole, {tuned['passes']} passes: divergence (Kullback-Leibler) "
+            f"from the dense model on held-out windows {tuned['divergence'][0]:.4f} before, "
             f"{min(tuned['divergence']):.4f} after, in nats a token."
         )
     rows = [
