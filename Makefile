@@ -23,6 +23,7 @@ CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb)))
 NEEDED := accelerate filelock numpy psutil pyyaml safetensors tqdm transformers typer
 
 .PHONY: help setup book checked-book test fuzz chaos gpu browser-test lint format notebooks serve clean repo
+.PHONY: student instructor slides grade
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -88,6 +89,19 @@ format: .venv/.ready  ## let ruff mend what it can
 
 notebooks: .venv/.ready  ## run every chapter and store its outputs in the notebook
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+student: .venv/.ready  ## the chapters without solutions, with cells to fill, into _build/course
+	$(BIN)/python -m course.editions student
+	$(BIN)/python -m course.assignments
+
+instructor: .venv/.ready  ## the chapters with solutions, a plan and marks for slides
+	$(BIN)/python -m course.editions instructor
+
+slides: .venv/.ready  ## one deck a chapter, in HTML that needs no network
+	$(BIN)/python -m course.slides
+
+grade: .venv/.ready  ## grade a model answer of each assignment and three wrong ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m course.grade
 
 serve:  ## open the built book on localhost (PORT=8000)
 	@test -f _build/html/index.html || { echo "no book yet: run 'make book' first"; exit 2; }
