@@ -92,7 +92,7 @@ notebooks: .venv/.ready  ## run every chapter and store its outputs in the noteb
 
 student: .venv/.ready  ## the chapters without solutions, with cells to fill, into _build/course
 	$(BIN)/python -m course.editions student
-	$(BIN)/python -m course.assignments
+	$(BIN)/python -m course.sheets
 
 instructor: .venv/.ready  ## the chapters with solutions, a plan and marks for slides
 	$(BIN)/python -m course.editions instructor

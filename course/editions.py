@@ -1,4 +1,6 @@
-"""The chapters as notebooks for students and for the instructor: ``make student``, ``make instructor``.
+"""The chapters as notebooks for students and for the instructor.
+
+    make student, make instructor, or for some chapters:
 
     python -m course.editions student [NN …]       without solutions and outputs, cells to fill
     python -m course.editions instructor [NN …]    with both, a plan and marks for slides
