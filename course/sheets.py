@@ -30,7 +30,7 @@ from course import chapters
 FOLDER = Path(__file__).parent / "assignments"
 CELL = re.compile(r"^# %% ?(.*)$", re.M)
 TEST = re.compile(r"(hidden )?test (\w+), (\d+) points?")
-SOLUTION = re.compile(r"^([ \t]*)# BEGIN SOLUTION\n.*?^[ \t]*# END SOLUTION\n", re.M | re.S)
+SOLUTION = re.compile(r"\n*^([ \t]*)# BEGIN SOLUTION\n.*?^[ \t]*# END SOLUTION\n", re.M | re.S)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def sheets() -> list[Sheet]:
 
 def to_fill(source: str) -> str:
     """A question without its answer."""
-    return SOLUTION.sub(r'\1raise NotImplementedError("your code")\n', source + "\n").rstrip("\n")
+    return SOLUTION.sub(r'\n\1raise NotImplementedError("your code")\n', source + "\n").rstrip("\n")
 
 
 def handed_out(sheet: Sheet) -> NotebookNode:

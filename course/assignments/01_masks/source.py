@@ -3,9 +3,9 @@
 # %% [markdown]
 # # Assignment 1. Masks and patterns
 #
-# *After chapter 2. 20 points, about two hours.* Replace each `raise` by your
-# code. The tests that you see are silent when they pass; others, of the same
-# things, are run when it is graded. Masks are boolean, `True` = kept, of
+# *After chapter 2. 20 points, about two hours.* Fill in each function. The
+# tests that you see are silent when they pass; others, of the same things,
+# are run when it is graded. Masks are boolean, `True` = kept, of
 # shape (m, n) = (outputs, inputs). Use torch only: `slr.prune` would be the
 # answer, so that the tests compare with it.
 

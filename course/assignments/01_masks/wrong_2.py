@@ -1,4 +1,4 @@
-"""A threshold in each group: of equal scores all are kept.  No visible test has ties.
+"""A threshold for each group keeps all of equal scores.  The ties are hidden.
 
 Loses: 1a*
 """

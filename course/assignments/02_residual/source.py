@@ -1,4 +1,4 @@
-"""Assignment 2, the residual and its repair: the model answer and the tests."""
+"""Assignment 2, the residual: the model answer and the tests."""
 
 # %% [markdown]
 # # Assignment 2. The residual and its spectrum

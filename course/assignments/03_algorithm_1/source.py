@@ -1,4 +1,4 @@
-"""Assignment 3, Algorithm 1 and its convergence: the model answer and the tests."""
+"""Assignment 3, Algorithm 1: the model answer and the tests."""
 
 # %% [markdown]
 # # Assignment 3. Algorithm 1, and where it goes
