@@ -75,3 +75,20 @@ def takeaways(notebook: NotebookNode) -> list[str]:
     text = "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     found = re.findall(r"^\*\*Takeaway\.\*\* (.*)$", text, re.M)
     return [paragraph.strip() for paragraph in found]
+
+
+def overview() -> str:
+    """A table of the exercises of all chapters, as Markdown; the book shows it."""
+    lines = [
+        "| chapter | check | derive | extend | open | minutes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for file in CHAPTERS:
+        notebook = read(file)
+        found = list(exercises(notebook))
+        kinds = [e.kind for e in found]
+        counts = [str(kinds.count(kind) or "") for kind in ("check", "derive", "extend", "open")]
+        link = f"[{title(notebook)}](../notebooks/{file.stem})"
+        cells = [link, *counts, str(sum(e.minutes for e in found))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

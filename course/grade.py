@@ -115,7 +115,7 @@ def rehearse(sheet: sheets.Sheet) -> list[str]:
         lost = {m.test for m in found if not m.got}
         for test in sorted(lost ^ loses):
             word = "loses" if test in lost else "keeps"
-            said = next(m.said for m in found if m.test == test)
+            said = next((m.said for m in found if m.test == test), "There is no such test.")
             faults.append(f"{sheet.folder.name}: {name} {word} {test}. {said}")
     return faults
 

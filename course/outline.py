@@ -23,10 +23,10 @@ LEFT_OUT = ("## Further reading", "## Exercises")
 
 @dataclass
 class Slide:
-    """Markdown and HTML in order, what is said with it, and the cells it was made from."""
+    """What is on it in order, what is said with it, and the cells it was made from."""
 
     title: str
-    body: list[tuple[str, str]] = field(default_factory=list)  # (md or html, text)
+    body: list[tuple[str, str]] = field(default_factory=list)  # (md, html or caption; text)
     notes: list[str] = field(default_factory=list)
     cells: set[str] = field(default_factory=set)
     kind: str = "section"
@@ -49,8 +49,8 @@ def blocks(source: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
-def figure(cell: NotebookNode) -> str | None:
-    """The picture that a cell drew, as HTML with its caption and description."""
+def figure(cell: NotebookNode) -> list[tuple[str, str]]:
+    """The picture that a cell drew, as HTML with its description, and its caption."""
     notes = cell.metadata.get("mystnb", {})
     caption = notes.get("figure", {}).get("caption", "")
     alt = notes.get("image", {}).get("alt", "").replace('"', "&quot;")
@@ -63,19 +63,19 @@ def figure(cell: NotebookNode) -> str | None:
             source = "png;base64," + data["image/png"].replace("\n", "")
         else:
             continue
-        picture = f'<img class="picture" alt="{alt}" src="data:image/{source}">'
-        return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
-    return None
+        picture = f'<figure><img alt="{alt}" src="data:image/{source}"></figure>'
+        return [("html", picture), ("caption", caption)]
+    return []
 
 
-def table(cell: NotebookNode) -> str | None:
+def table(cell: NotebookNode) -> list[tuple[str, str]]:
     """The table that a cell printed, if it is short."""
     for output in cell.outputs:
         html = output.get("data", {}).get("text/html", "")
         if "<table" in html and html.count("<tr") <= ROWS:
             html = re.sub(r"<style.*?</style>", "", html, flags=re.S)
-            return f'<div class="table">{html}</div>'
-    return None
+            return [("html", f'<div class="table">{html}</div>')]
+    return []
 
 
 class Deck:
@@ -130,10 +130,8 @@ class Deck:
 
     def outputs(self, cell: NotebookNode) -> None:
         """What a cell drew or printed."""
-        for shown in (figure(cell), table(cell)):
-            if shown:
-                self.new(cell, ("html", shown), kind="result")
-                return
+        if shown := figure(cell) or table(cell):
+            self.new(cell, *shown, kind="result")
 
 
 def opening(notebook: NotebookNode) -> Slide:
@@ -175,10 +173,10 @@ def slides(notebook: NotebookNode) -> list[Slide]:
         if cell.cell_type == "code":
             deck.outputs(cell)
             continue
-        if chapters.HEADING.match(cell.source):
-            break
         for block in prose(cell):
             deck.text(cell, block)
+        if "## Exercises" in cell.source:
+            break
     found = [s for s in deck.slides if s.body]
     return [*found, asked(notebook)]
 

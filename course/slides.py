@@ -48,7 +48,11 @@ def page(slide: outline.Slide, markdown: MarkdownIt) -> str:
     for kind, text in slide.body:
         if text.startswith("**Proposition"):
             parts.append('<div class="claim">')
-        parts.append(markdown.render(without_dead_links(text)) if kind == "md" else text)
+        if kind == "md":
+            text = markdown.render(without_dead_links(text))
+        elif kind == "caption":
+            text = f'<div class="caption">{markdown.renderInline(without_dead_links(text))}</div>'
+        parts.append(text)
     parts.append("</div>" * parts.count('<div class="claim">'))
     notes = "".join(markdown.render(without_dead_links(text)) for text in slide.notes)
     level = "h1" if slide.kind == "title" else "h2"

@@ -10,7 +10,7 @@ def baseline(small: bool = False) -> list[dict]:
     tokenizer = slr.load_tokenizer("tiny")
     rows = [{"text": "no data", "tokens": 0, "perplexity": found(text, "magnitude", "weights")}]
     amounts = (2,) if small else (4, 16)
-    for source in ("embedded", "general"):
+    for source in ("embedded",) if small else ("embedded", "general"):
         for count in amounts:
             seen = slr.data.calibration(source, tokenizer, 128, count)
             ppl = found(text, "wanda", "activations", seen)
