@@ -80,7 +80,7 @@ def takeaways(notebook: NotebookNode) -> list[str]:
 def overview() -> str:
     """A table of the exercises of all chapters, as Markdown; the book shows it."""
     lines = [
-        "| chapter | check | derive | extend | open | minutes |",
+        "| chapter | check | derive | extend | open | min |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for file in CHAPTERS:

@@ -53,7 +53,7 @@ def student(notebook: NotebookNode) -> NotebookNode:
         cells.append(bare(cell))
         if "exercise" in chapters.tags(cell):
             cells[-1].source, call = to_fill(cell.source)
-            cells.append(new_code_cell(call, id=f"{cell.id}-check", metadata={"tags": ["check"]}))
+            cells.append(new_code_cell(call, id=f"{cell.id}-check", metadata={"tags": ["mark"]}))
             if "open" in chapters.tags(cell):
                 cells.append(new_markdown_cell(FINDINGS, id=f"{cell.id}-notes"))
     return NotebookNode({**notebook, "cells": cells})
