@@ -110,7 +110,7 @@ serve:  ## open the built book on localhost (PORT=8000)
 
 clean:  ## remove everything that was built (keeps .venv)
 	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
-	find slr tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find slr course tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One place names the repository: [project.urls] in pyproject.toml.
 repo:  ## set the repository's address everywhere: make repo URL=https://github.com/you/slr

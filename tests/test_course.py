@@ -1,10 +1,12 @@
 """The course: editions, slides, assignments and their grader, projects, quiz.
 
-No chapter is run here: `make test` runs them.  `make grade` tries all answers; here all but those
-of the last assignment, which evaluates models.
+No chapter is run here: `make test` runs them; at night also what students get, up to the first
+exercise.  `make grade` tries all answers; here all but those of the last assignment, which
+evaluates models.
 """
 
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from course import chapters, editions, grade, otter, outline, projects, sheets, slides  # noqa: E402
 
 SHEETS = sheets.sheets()
+NIGHTLY = os.environ.get("SLR_CHAPTERS") == "all"
 
 
 @pytest.fixture(params=chapters.CHAPTERS, ids=lambda path: path.stem)
@@ -66,6 +71,16 @@ def test_student_marks_oneself(chapter):
         exec(cell.source, space)
         with pytest.raises(NotImplementedError, match="your code"):
             exec(call.source, space)
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="as long as the chapters; SLR_CHAPTERS=all")
+def test_students_chapter_runs_up_to_the_first_exercise(chapter):
+    handed = editions.student(chapter)
+    where = {"metadata": {"path": str(ROOT / "notebooks")}}
+    with pytest.raises(CellExecutionError, match="NotImplementedError: your code"):
+        NotebookClient(handed, timeout=None, resources=where).execute()
+    stopped = [c for c in handed.cells if "error" in {o.output_type for o in c.get("outputs", [])}]
+    assert stopped == tagged(handed, "mark")[:1]
 
 
 def test_instructor_has_a_plan_and_marks_for_slides(chapter):
