@@ -77,8 +77,9 @@ def test_student_marks_oneself(chapter):
 def test_students_chapter_runs_up_to_the_first_exercise(chapter):
     handed = editions.student(chapter)
     where = {"metadata": {"path": str(ROOT / "notebooks")}}
-    with pytest.raises(CellExecutionError, match="NotImplementedError: your code"):
+    with pytest.raises(CellExecutionError) as stop:
         NotebookClient(handed, timeout=None, resources=where).execute()
+    assert stop.value.ename == "NotImplementedError"
     stopped = [c for c in handed.cells if "error" in {o.output_type for o in c.get("outputs", [])}]
     assert stopped == tagged(handed, "mark")[:1]
 
