@@ -23,6 +23,7 @@ CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb)))
 NEEDED := accelerate filelock numpy psutil pyyaml safetensors tqdm transformers typer
 
 .PHONY: help setup book checked-book test fuzz chaos gpu browser-test lint format notebooks serve clean repo
+.PHONY: student instructor slides grade
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -89,6 +90,19 @@ format: .venv/.ready  ## let ruff mend what it can
 notebooks: .venv/.ready  ## run every chapter and store its outputs in the notebook
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
+student: .venv/.ready  ## the chapters without solutions, with cells to fill, into _build/course
+	$(BIN)/python -m course.editions student
+	$(BIN)/python -m course.sheets
+
+instructor: .venv/.ready  ## the chapters with solutions, a plan and marks for slides
+	$(BIN)/python -m course.editions instructor
+
+slides: .venv/.ready  ## one deck a chapter, in HTML that needs no network
+	$(BIN)/python -m course.slides
+
+grade: .venv/.ready  ## grade a model answer of each assignment and three wrong ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m course.grade
+
 serve:  ## open the built book on localhost (PORT=8000)
 	@test -f _build/html/index.html || { echo "no book yet: run 'make book' first"; exit 2; }
 	@echo "http://localhost:$(PORT)/"
@@ -96,7 +110,7 @@ serve:  ## open the built book on localhost (PORT=8000)
 
 clean:  ## remove everything that was built (keeps .venv)
 	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
-	find slr tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find slr course tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One place names the repository: [project.urls] in pyproject.toml.
 repo:  ## set the repository's address everywhere: make repo URL=https://github.com/you/slr

@@ -34,15 +34,19 @@ def sources(chapter, kind):
     return ["".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == kind]
 
 
+HEADING = re.compile(
+    r"### Exercise (\d+)\.(\d+) · (check|derive|extend|open) · level ([123]) · (\d+) min\n\n\*\*"
+)
+
+
 def exercises(chapter):
-    """(stub cell, solution code) of each exercise, in order."""
+    """(heading cell, exercise cell, solution cell) of each exercise, in order."""
     cells = chapter["cells"]
     for i, cell in enumerate(cells):
         if "exercise" in cell["metadata"].get("tags", []):
-            answer = "".join(cells[i + 1]["source"])
-            code = re.search(r"<details>.*```python\n(.*?)```.*</details>", answer, re.S)
-            assert code, f"no solution after {''.join(cell['source'])[:60]!r}"
-            yield "".join(cell["source"]), code[1]
+            after = next(c for c in cells[i + 1 :] if c["cell_type"] == "code")
+            assert "solution" in after["metadata"]["tags"], "".join(cell["source"])[:60]
+            yield cells[i - 1], cell, after
 
 
 def test_chapters_are_numbered_and_in_the_table_of_contents():
@@ -103,10 +107,10 @@ def test_light_and_offline():
 
 def test_figures_have_names_of_their_own():
     names = [
-        cell["metadata"]["mystnb"]["figure"].get("name")
+        figure.get("name")
         for path in CHAPTERS
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
-        if "mystnb" in cell["metadata"]
+        if (figure := cell["metadata"].get("mystnb", {}).get("figure"))
     ]
     assert len(names) == len(set(names))
 
@@ -124,17 +128,42 @@ def test_same_setup_cell_everywhere():
 def test_solutions_pass_and_stubs_fail(chapter):
     import math
 
-    found = list(exercises(chapter))
-    assert 3 <= len(found) <= 5
-    for stub, solution in found:
+    for _, stub, solution in exercises(chapter):
+        stub, solution = "".join(stub["source"]), "".join(solution["source"])
         space = {"torch": torch, "slr": slr, "math": math}
         exec(stub, space)
         call = re.search(r"^# (check_\w+\(.*?\))", stub, re.M)[1]
         with pytest.raises(Exception):  # noqa: B017, PT011 - the empty answer fails in any way
             exec(call, space)
+        assert solution.endswith(f"\ntorch.manual_seed(0)\n{call}")
         exec(solution, space)
-        torch.manual_seed(0)
-        exec(call, space)
+
+
+def test_exercises_say_what_they_ask_for(chapter):
+    number = int(sources(chapter, "markdown")[0].split(".")[0][2:])
+    found = list(exercises(chapter))
+    assert 3 <= len(found) <= 5
+    for place, (heading, stub, solution) in enumerate(found, 1):
+        said = HEADING.match("".join(heading["source"]))
+        assert said, "".join(heading["source"])[:80]
+        assert (int(said[1]), int(said[2])) == (number, place)
+        tags = ["exercise", said[3], f"level-{said[4]}", f"minutes-{said[5]}"]
+        assert stub["metadata"]["tags"] == tags
+        assert solution["metadata"]["tags"] == ["hide-input", "solution"]
+        assert solution["outputs"] == []
+    assert "open" in found[-1][1]["metadata"]["tags"]
+
+
+def test_no_exercise_is_told_twice():
+    """Nor are two checks alike: neither their names nor what they ask."""
+    told = [
+        (re.search(r"check_\w+", "".join(stub["source"]))[0], "".join(heading["source"]))
+        for path in CHAPTERS
+        for heading, stub, _ in exercises(json.loads(path.read_text(encoding="utf-8")))
+    ]
+    assert len({name for name, _ in told}) == len(told)
+    titles = [re.search(r"\*\*(.*?)\*\*", text)[1] for _, text in told]
+    assert len(set(titles)) == len(titles)
 
 
 def test_every_proposition_is_proved_and_checked(chapter):
@@ -152,9 +181,11 @@ def test_every_proposition_is_proved_and_checked(chapter):
         assert any("assert " in "".join(c["source"]) for c in code), f"not checked: {start!r}"
 
 
-# Not of ours: mathematics, code, links and what is in a solution.
+# Not of ours: the headings of exercises, mathematics, code, links and what is in a solution.
 NOT_PROSE = re.compile(
-    r"<details>.*?</details>|```.*?```|\$\$.*?\$\$|\$.*?\$|`.*?`|\[.*?\]\(.*?\)", re.S
+    r"### Exercise [^\n]*|<details>.*?</details>|```.*?```|\$\$.*?\$\$|\$.*?\$|`.*?`"
+    r"|\[.*?\]\(.*?\)",
+    re.S,
 )
 MEASURED = re.compile(r"(?<![\w.:/])\d+(?:\.\d+ ?%?| ?%| per cent)(?![\w:])")
 
