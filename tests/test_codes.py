@@ -131,11 +131,11 @@ def test_the_alternation_beats_rounding_then_repair(kind, masked):
 
 
 def test_factors_are_rounded_and_made_up_for():
-    W, H = matrix(48, 64) + 2 * matrix(48, 2, 3) @ matrix(2, 64, 4), inputs(64)
+    W, H = matrix(48, 64) + 0.5 * matrix(48, 2, 3) @ matrix(2, 64, 4), inputs(64)
     options = {"metric": Gram(H), "grid": "int4 by 16", "iterations": 10}
     free = slr.refine(W, None, 4, **options)
     coded = slr.refine(W, None, 4, factors="int8", **options)
-    assert coded.error < 1.02 * free.error
+    assert coded.error < 1.05 * free.error
     assert torch.equal(coded.B, coded.coded.B.values().T)
     assert torch.equal(coded.A, coded.coded.A.values())
     assert slr.refine(W, None, 4, factors="int3", **options).error > coded.error

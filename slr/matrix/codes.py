@@ -105,6 +105,13 @@ def descend(
 
     Cost: 2 m n² FLOPs for the start and each sweep.
     Source: cyclic coordinate descent, as QuantEase (Behdin et al. 2023).
+
+    >>> from slr.matrix.rounding import Levels
+    >>> H, T = torch.tensor([[1.0, 0.9], [0.9, 1.0]]), torch.tensor([[0.4, 0.4]])
+    >>> grid = Grid(2, 2, symmetric=True)
+    >>> start = grid.rounded(T, Levels(torch.ones(1, 1), torch.full((1, 1), 2.0)))
+    >>> print(start.values(), descend(start, T, Columns(H)).values())
+    tensor([[0., 0.]]) tensor([[1., 0.]])
     """
     grid, levels = rounded.grid, rounded.levels
     scale, zero = (columns.sorted(each) for each in levels.spread(grid, target.shape[1]))

@@ -193,6 +193,8 @@ class Grid:
 def as_grid(grid: Grid | str | None) -> Grid | None:
     """A grid or its name as a grid.
 
+    Cost: none.
+
     >>> as_grid("int4 by 64")
     Grid(bits=4, group=64, symmetric=False)
     """
