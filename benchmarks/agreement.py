@@ -26,9 +26,9 @@ from slr.checkpoint.folder import about, resolve
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.agree import agreement
 from slr.evaluate.origin import provenance
-from slr.model.plain import round_linears
 from slr.matrix.rounding import Grid
 from slr.model import data
+from slr.model.plain import round_linears
 from slr.model.recipe import Recipe
 
 QUESTIONS, WINDOWS, SEQLEN = 128, 32, 128

@@ -72,7 +72,10 @@ def told(recipe: Recipe | System) -> str:
     """A recipe in a few words."""
     if isinstance(recipe, System):
         return f"{recipe.name}, {recipe.budget:g} of the parameters"
-    repair = {"none": "no repair", "svd": "SVD repair", "eora": "EoRA repair"}
+    repair = {
+        "none": "no repair", "svd": "SVD repair", "eora": "EoRA repair", "oats": "OATS",
+        "slim": "SLiM-LoRA", "hassle": "HASSLE-free", "3basil": "3BASiL",
+    }  # fmt: skip
     after = repair.get(str(recipe.refine), f"refined by {recipe.refine}")
     before = "" if recipe.prepare == "none" else f"{recipe.prepare}, "
     values = getattr(recipe.refine, "values", None)

@@ -158,7 +158,7 @@ def test_every_public_function_of_one_matrix_has_an_example_and_a_cost():
 
     import slr.matrix
 
-    names = [f"slr.matrix.{m.name}" for m in pkgutil.iter_modules(slr.matrix.__path__)]
+    names = [m.name for m in pkgutil.walk_packages(slr.matrix.__path__, "slr.matrix.")]
     for name in [*names, "slr.layer.bits", "slr.layer.packing"]:
         if name.endswith(".checks"):  # errors, not results
             continue

@@ -31,7 +31,7 @@ def spec(small, tmp_path):
 
 def test_the_specs_that_come_with_the_package():
     llama = ["llama-2-13b", "llama-2-13b-benchmarks", "llama-7b", "llama-7b-benchmarks"]
-    assert reproduction.specs() == [*llama, "smollm2", "tiny"]
+    assert reproduction.specs() == ["league", *llama, "smollm2", "tiny"]
     llama = Spec.read("llama-7b")
     assert (llama.seqlen, llama.dtype, llama.text) == (2048, "float16", "wikitext2")
     cells = list(llama.cells())
@@ -151,7 +151,7 @@ def test_the_same_table_for_another_model(spec, small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nothing"], "table 'nothing' is neither one of llama-2-13b, llama-2-13b-benchmarks"),
+        (["nothing"], "table 'nothing' is neither one of league, llama-2-13b, llama-2"),
         (["tiny", "--rows", "magic/*"], "row 'magic/*' fits none of dense"),
         (["tiny", "--columns", "0.55"], "column '0.55' is none of 0.1"),
         (["llama-7b", "--rows", "dense"], "the hub did not give it"),

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import slr
+from slr.layer import native, native_codes
 from slr.layer.bits import pack_codes, unpack_codes
+from slr.layer.compiled import SETS, library
 from slr.layer.rounded import RoundedLinear, layer_of
 from slr.matrix.rounding import Grid
 
@@ -194,3 +196,47 @@ def test_an_adapter_on_codes_is_merged_into_free_factors(small, tmp_path):
         merged.save_pretrained(tmp_path / "merged")
         again = slr.load(tmp_path / "merged", dtype=torch.float32)
         assert torch.equal(again(windows).logits, merged(windows).logits)
+
+
+def coded_matrix(m, n, grid, mask, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    keep = torch.rand(m, n, generator=made) > 0.6 if mask else None
+    W = torch.randn(m, n, generator=made)
+    layer = layer_of(slr.refine(W, keep, 0, grid=grid))
+    return layer._prepared()[0], layer.weight
+
+
+@pytest.mark.skipif(native.missing() != "", reason="no compiler")
+@given(
+    m=st.integers(1, 9), n=st.integers(1, 300), bits=st.integers(2, 8),
+    group=st.sampled_from([None, 2, 7, 16, 32, 64]), symmetric=st.booleans(), mask=st.booleans(),
+    tokens=st.integers(1, 18), bias=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_every_instruction_set_reads_codes_alike(
+    m, n, bits, group, symmetric, mask, tokens, bias, seed
+):
+    S, dense = coded_matrix(m, n, Grid(bits, group, symmetric), mask, seed)
+    made = torch.Generator().manual_seed(seed)
+    x, b = torch.randn(tokens, n, generator=made), torch.randn(m, generator=made)
+    expected = (x.double() @ dense.double().T) + (b if bias else 0)
+    size = x.double().abs() @ dense.double().abs().T + 1
+    for best in SETS[: library().best + 1]:
+        rows = native_codes.rows_(torch.full((m, n), torch.nan), S, best=best)
+        assert torch.allclose(rows, dense, rtol=1e-6, atol=0)
+        below = native_codes.rows_(torch.empty(m - m // 2, n), S, m // 2, best=best)
+        assert torch.equal(below, rows[m // 2 :])
+        half = native_codes.rows_(torch.empty(m, n, dtype=torch.bfloat16), S, best=best)
+        assert torch.equal(half, rows.bfloat16())
+        y = native_codes.few_tokens(x, S, b if bias else None, best=best)
+        assert bool(((y - expected).abs() <= 1e-5 * size).all())
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
+def test_kernels_and_torch_agree(mask, tokens, monkeypatch):
+    layer = layer_of(refined(1100, 40, 3, mask=mask, dtype=torch.bfloat16))
+    x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
+    fast = layer(x)
+    monkeypatch.setattr(RoundedLinear, "_native", lambda self, x: False)
+    slow = layer(x)
+    assert float((fast - slow).float().norm() / slow.float().norm()) < 0.01

@@ -22,6 +22,10 @@ RECIPES = {
     "activations": {"prune": "magnitude", "refine": "activations", "iterations": 2},
     "mask too": {"prune": "wanda", "refine": "activations", "iterations": 2, "update_mask": True},
     "eora": {"prune": "magnitude", "refine": "eora"},
+    "oats": {"prune": "wanda", "refine": "oats", "iterations": 2},
+    "slim": {"prune": "sparsegpt", "refine": "slim"},
+    "hassle": {"prune": "sparsegpt", "refine": "hassle", "iterations": 2},
+    "3basil": {"prune": "wanda", "refine": "3basil", "iterations": 11},
     "unstructured": {"prune": "sparsegpt", "pattern": "0.5", "refine": "eora"},
     "induction": {"prune": "wanda", "prepare": "induction"},
 }

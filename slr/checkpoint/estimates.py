@@ -21,7 +21,7 @@ from torch import nn
 from slr.checkpoint.sizes import bytes_after
 from slr.checkpoint.work import Prospect
 from slr.matrix.pruners import Known
-from slr.matrix.steps import Iterated
+from slr.matrix.steps import Iterated, ThreeBASiL
 from slr.model.arithmetic import compute_dtype
 from slr.model.block import compress_layer, measure
 from slr.model.calibrate import BlockInputs, first_inputs, observe
@@ -148,7 +148,7 @@ def _layers(work: Prospect, block: nn.Module, known: dict[str, Known]) -> float:
 def _layer(weight: torch.Tensor, recipe: Recipe, known: Known | None) -> float:
     step = recipe.refine
     counts = SEARCH if getattr(step, "update_mask", False) == "admm" else FEW
-    if not isinstance(step, Iterated) or step.iterations <= counts[1]:
+    if not isinstance(step, Iterated | ThreeBASiL) or step.iterations <= counts[1]:
         return _timed(weight, recipe, known)
     few = []
     for count in counts:

@@ -31,7 +31,8 @@ __all__ = ["Comparison", "compare", "comparison_of", "prune_again"]
 
 # What a result is called; else refined.
 REPAIRED = {
-    "none": "pruned", "svd": "SVD repair", "eora": "EoRA repair", "cap": "CAP",
+    "none": "pruned", "svd": "SVD repair", "eora": "EoRA repair", "oats": "OATS",
+    "slim": "SLiM-LoRA", "hassle": "HASSLE-free", "3basil": "3BASiL", "cap": "CAP",
     "losparse": "LoSparse",
 }  # fmt: skip
 

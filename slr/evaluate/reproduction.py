@@ -268,7 +268,8 @@ def sizes(folder: Path, grid: Grid | None, reports: Sequence[LayerReport]) -> di
         coded = {"grid": as_grid(r.grid), "factors": as_grid(r.factors)}
         inside += stored_bytes(r.shape, r.kept, r.rank, width=width, **coded)
         products += r.kept + r.rank * sum(r.shape) - r.shape[0] * r.shape[1]
-    whole = sum(p.numel() * width for p in stream.model.parameters())
+    state = stream.model.state_dict()  # what is tied is stored once
+    whole = sum(state[name].numel() * width for name in state if name in stream.files.where)
     size = whole - width * weights + inside
     return {"bytes": size, "in_layers": inside, "weights": weights, "products": products}
 

@@ -18,6 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from slr.matrix import steps
+from slr.matrix.rivals import OATS, HASSLEFree, ThreeBASiL
 from slr.matrix.rounding import Grid
 from slr.model.edges import check_entries, is_mapping, is_text, is_whole, or_none
 from slr.model.recipe import Recipe
@@ -47,8 +49,17 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "tuned",
         {"refine": "activations", "update_mask": "admm", "asymmetric": True, "tune": 4},
     ),
+    "slim": ("slim", {}),
+    "oats": ("oats", {"iterations": OATS.iterations}),
+    "hassle": ("hassle", {"iterations": HASSLEFree.iterations}),
+    "3basil": ("3basil", {"iterations": ThreeBASiL.iterations}),
     "pcp": ("pcp", {}),
 }  # fmt: skip
+
+
+def _goes(mask: str, repair: str) -> bool:
+    """Whether a repair has a row with these masks: one that chooses its own has a single one."""
+    return mask == "wanda" or not getattr(steps.REPAIRS.get(repair), "blind", False)
 
 
 def _names(value: Any) -> bool:
@@ -186,7 +197,7 @@ class Spec:
     @property
     def rows(self) -> list[str]:
         """Names of the rows, in the order of the table."""
-        repaired = [f"{m}/{REPAIRS[r][0]}" for m in self.masks for r in self.repairs]
+        repaired = [f"{m}/{REPAIRS[r][0]}" for m in self.masks for r in self.repairs if _goes(m, r)]
         rounded = [f"rounded/{name}" for name in self.rounded]
         return ["dense", *rounded, *self.entries, *repaired]
 
@@ -219,7 +230,7 @@ class Spec:
             if wanted(name):
                 yield Cell(name, "dense", Recipe.fitting(**{**self.recipe, **options}))
         for repair in sorted(self.repairs, key=list(REPAIRS).index):
-            for mask in self.masks:
+            for mask in (m for m in self.masks if _goes(m, repair)):
                 row, options = REPAIRS[repair]
                 row = f"{mask}/{row}"
                 for column in (

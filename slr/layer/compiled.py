@@ -1,4 +1,4 @@
-"""The shared library of ``native.cpp``: compiled when first needed, kept in the user's cache.
+"""The shared library of our C++ files: compiled when first needed, kept in the user's cache.
 
 It takes a C++ compiler (``$CXX``, ``c++``, ``g++`` or ``clang++``) and some seconds, once.  Without
 one, or with ``SLR_NATIVE=0``, layers multiply by torch's own operations.  Book: chapter 15.
@@ -21,7 +21,7 @@ import torch
 
 __all__ = ["SETS", "Library", "cache_folder", "library"]
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "codes.cpp"))
 SETS = ("portable", "avx2", "avx512", "amx")  # as `Set` in native.cpp
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=default")
 SECONDS = 600  # a compiler takes a few; it may be on a slow disk
@@ -32,10 +32,11 @@ At: Any = ctypes.c_void_p
 
 
 class Library:
-    """The functions of ``native.cpp``, the best instruction set here, or why there are none.
+    """The functions of our C++ files, the best instruction set here, or why there are none.
 
     Attributes:
         few, spread, starts: ``slr_few`` and so on; see ``native.cpp``.
+        codes_rows, codes_few: see ``codes.cpp``.
         best: an index of :data:`SETS`.
         missing: why there is no library; empty if there is one.
     """
@@ -50,6 +51,10 @@ class Library:
         self.spread.argtypes = [Int] * 3 + [Long] * 4 + [At, Long, At, At, Long, At]
         self.starts.argtypes = [Int] * 2 + [Long] * 2 + [At, At]
         self.few.restype = self.spread.restype = None
+        self.codes_rows, self.codes_few = loaded.slr_codes_rows, loaded.slr_codes_few
+        self.codes_rows.argtypes = [Int] * 3 + [At, Long, Long, At]
+        self.codes_few.argtypes = [Int] * 2 + [At, Long, Long, At, At, At]
+        self.codes_rows.restype = self.codes_few.restype = None
         self.best = loaded.slr_set()
 
 
@@ -82,7 +87,7 @@ def library() -> Library:
         return _kept(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or str(error)
-        return Library(None, f"native.cpp does not compile here: {told.strip().splitlines()[-1]}")
+        return Library(None, f"our C++ does not compile here: {told.strip().splitlines()[-1]}")
 
 
 def _compiler() -> str | None:
@@ -92,7 +97,7 @@ def _compiler() -> str | None:
 
 def _kept(compiler: str) -> Library:
     """From the cache, else compiled into it; where nothing can be kept, for this process alone."""
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     key.update(f"{compiler} {FLAGS} {torch.__version__} {torch.__file__}".encode())
     file = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
     if file.is_file():
@@ -119,13 +124,14 @@ def _compile(compiler: str, folder: Path) -> Path:
     Two OpenMP libraries in one process would each keep threads of their own, which wait for one
     another's cores.
     """
-    made, parts = folder / "native.so", folder / "native.o"
+    made, parts = folder / "native.so", [folder / f"{source.stem}.o" for source in SOURCES]
     own = glob.glob(str(Path(torch.__file__).parent / "lib" / "lib*omp*.so*"))
     for threads in (["-fopenmp"], []):
         try:
-            _run(compiler, *FLAGS, *threads, "-c", str(SOURCE), "-o", str(parts))
+            for source, part in zip(SOURCES, parts, strict=True):
+                _run(compiler, *FLAGS, *threads, "-c", str(source), "-o", str(part))
             link = own[:1] if threads and own else threads
-            _run(compiler, "-shared", str(parts), *link, "-o", str(made))
+            _run(compiler, "-shared", *map(str, parts), *link, "-o", str(made))
             return made
         except subprocess.CalledProcessError:
             if not threads:

@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 
 from slr.layer.backed import autocast_dtype
 from slr.layer.bits import pack_codes, pack_mask, unpack_codes, unpack_mask
+from slr.layer.by_codes import ByCodes
 from slr.layer.linear import SLRLinear
 from slr.layer.readonly import read_only
 from slr.matrix.checks import check_mask
@@ -53,26 +54,16 @@ def layer_of(
 
 
 def factor(name: str, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """B or A in float32 from what is stored.
-
-    Args:
-        name: ``"B"``, whose codes are of Bᵀ, or ``"A"``.
-        codes, scale: the tensors of this name.
-        grid: of the factors.
-    """
+    """B (whose codes are of Bᵀ) or A, in float32, from the tensors of this name."""
     values = (codes.float() - 2 ** (grid.bits - 1)).mul_(_scale(scale)[:, None])
     return values.T.contiguous() if name == "B" else values
-
-
-def _stored(scale: Tensor) -> Tensor:
-    return scale.bfloat16().view(torch.int16)
 
 
 def _scale(stored: Tensor) -> Tensor:
     return stored.view(torch.bfloat16).float()
 
 
-class RoundedLinear(SLRLinear):
+class RoundedLinear(ByCodes):
     """A linear layer whose matrix is S + B A with S on a grid, and perhaps B and A too.
 
     It is used and stored like any :class:`~slr.layer.linear.SLRLinear`; `values`, and `B` and `A`
@@ -87,8 +78,9 @@ class RoundedLinear(SLRLinear):
         grid: of S.
         factors: of A and Bᵀ, or ``None``.
 
-    Cost of a forward pass: unpacking S, and 2 · in · out + 2 k (in + out) FLOPs a token.
-        Memory: packed, and S while it is multiplied.
+    Cost of a forward pass: 2 · in · out + 2 k (in + out) FLOPs a token; on a CPU the codes are
+        read once for a few tokens, else S is unpacked, on a CPU some rows at a time.  Memory:
+        packed; on a CPU also B and A as floats once they were used.
 
     >>> import slr
     >>> W = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
@@ -122,7 +114,7 @@ class RoundedLinear(SLRLinear):
         )  # fmt: skip
         scale, zero = coded.sparse.levels
         self.codes = pack_codes(coded.sparse.codes[mask], self.grid.bits)
-        self.scale = _stored(scale)
+        self.scale = scale.bfloat16().view(torch.int16)
         if self.zero is not None:
             self.zero = pack_codes(zero.to(torch.uint8).flatten(), self.grid.bits)
         if self.bitmask is not None:
@@ -132,7 +124,7 @@ class RoundedLinear(SLRLinear):
         else:
             for name, part in (("B", coded.B), ("A", coded.A)):
                 setattr(self, f"{name}_codes", part.codes.contiguous())
-                setattr(self, f"{name}_scale", _stored(part.levels.scale[:, 0]))
+                setattr(self, f"{name}_scale", part.levels.scale[:, 0].bfloat16().view(torch.int16))
         if bias is not None:
             self.bias = nn.Parameter(bias)
 
@@ -181,6 +173,7 @@ class RoundedLinear(SLRLinear):
                 self.register_buffer(f"{name}_codes", room(rank, long))
                 self.register_buffer(f"{name}_scale", room(rank, kind=torch.int16))
         self.bias = None if bias is None else nn.Parameter(room(bias, kind=dtype), False)
+        self._ready: tuple | None = None
         self.register_buffer("like", room(0, kind=dtype), persistent=False)
         self.register_buffer("cached", None, persistent=False)
 
@@ -200,7 +193,7 @@ class RoundedLinear(SLRLinear):
             values = _scale(scale)
             if not bool((values.isfinite() & (values > 0)).all()):
                 raise ValueError("a scale is not a finite number above 0")
-        self.cached = None
+        self.cached = self._ready = None
         return self
 
     @property
@@ -252,7 +245,7 @@ class RoundedLinear(SLRLinear):
             for name, value in found.items():
                 del self._buffers[f"{name}_codes"], self._buffers[f"{name}_scale"]
                 self._parameters[name] = nn.Parameter(value)
-            self.factors = None
+            self.factors = self._ready = None
         return self
 
     @property
@@ -307,10 +300,18 @@ class RoundedLinear(SLRLinear):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoundedLinear:
+        self._ready = None
         return nn.Module._apply(self, fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_ready": None}
 
     def __setstate__(self, state: dict) -> None:
         nn.Module.__setstate__(self, state)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+        self.check_()
 
     def forward(self, x: Tensor) -> Tensor:
         """y = S x + B (A x) + b for x of shape (…, in).
@@ -327,6 +328,8 @@ class RoundedLinear(SLRLinear):
             x = x.to(to)
         if x.dtype != to:
             raise ValueError(f"x has dtype {x.dtype}, but the layer {to}")
+        if self.cached is None and to == self.dtype and self._native(x):
+            return self._by_kernels(x)
         S = (self._unpacked() if self.cached is None else self.cached).to(to)
         y = linear(x, S, None if self.bias is None else self.bias.to(to))
         if self.rank:

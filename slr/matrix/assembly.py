@@ -1,4 +1,4 @@
-"""The result of a repair from its factors: errors, units, and the dtype it is stored in.
+"""A repair's problem, checked, and its result: errors, units, and the dtype it is stored in.
 
 Singular values to the fourth power have to stay in range, so that a matrix of very large or very
 small entries is computed in other units, a power of two, which changes no digit.
@@ -12,13 +12,60 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from slr.matrix.checks import check_mask, check_matrix, check_rank
 from slr.matrix.filled import Factors, keep_, row_blocks
-from slr.matrix.metric import Diagonal, Metric
+from slr.matrix.metric import Diagonal, Gram, Identity, Metric
 from slr.matrix.result import Refined, Step
 
-__all__ = ["assemble", "in_units", "unit_of", "working"]
+__all__ = ["assemble", "in_units", "posed", "scales", "unit_of", "working"]
 
 LEAST, MOST = 2.0**-20, 2.0**16  # of the largest entry that needs no other unit
+
+
+def posed(
+    weight: Tensor, mask: Tensor | None, rank: int, metric: Metric | None = None, *,
+    coded: bool = False,
+) -> tuple[Metric, Tensor]:  # fmt: skip
+    """The metric, ``Identity()`` if there is none, and the weight without its history.
+
+    With `coded`, for one matrix on a grid, the rank may be 0 and the mask be left out.
+
+    Raises:
+        ValueError, TypeError: the problem is not well posed: shapes that differ, a rank out of
+            range, non-finite weights, a metric of another width or kind.
+
+    Cost: a pass.
+
+    >>> posed(torch.zeros(2, 2), torch.ones(2, 2) > 0, 1)[0]
+    Identity()
+    """
+    check_matrix("weight", weight, batch=not coded)
+    if mask is not None:
+        check_mask(mask, weight)
+    if rank != 0 or not coded:
+        check_rank(rank, weight.shape[-2:])
+    metric = Identity() if metric is None else metric
+    if not isinstance(metric, Identity | Diagonal | Gram):
+        raise TypeError(f"metric is {metric!r}; it must be Identity(), Diagonal(d) or Gram(H)")
+    metric.check(weight.shape[-1])
+    if isinstance(metric, Gram) and weight.ndim != 2:
+        raise ValueError("Gram refines one matrix at a time, but weight is a stack")
+    return metric, weight.detach()
+
+
+def scales(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Column scales of a Diagonal metric and their inverse, 0 for a silent channel; else ones.
+
+    Cost: none.
+
+    >>> scales(Diagonal(torch.tensor([2.0, 0.0])), torch.zeros(()))
+    (tensor([2., 0.]), tensor([0.5000, 0.0000]))
+    """
+    if not isinstance(metric, Diagonal):
+        one = like.new_ones(())
+        return one, one
+    scale = metric.scale.to(like.device, like.dtype)
+    return scale, (scale > 0) / torch.where(scale > 0, scale, 1)
 
 
 def working(weight: Tensor) -> torch.dtype:

@@ -1,21 +1,17 @@
-"""One shot: prune, then the best rank-k approximation of what was pruned.
-
-And what a repair has to look at before it starts.  Book: chapter 4.
-"""
+"""One shot: prune, then the best rank-k approximation of what was pruned.  Book: chapter 4."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from slr.matrix.assembly import assemble, in_units, working
-from slr.matrix.checks import check_mask, check_matrix, check_rank
+from slr.matrix.assembly import assemble, in_units, posed, scales, working
 from slr.matrix.gram import best_low_rank
 from slr.matrix.lowrank import truncated_svd
-from slr.matrix.metric import Diagonal, Gram, Identity, Metric
+from slr.matrix.metric import Gram, Metric
 from slr.matrix.result import Refined
 
-__all__ = ["posed", "scales", "svd_repair"]
+__all__ = ["svd_repair"]
 
 
 @torch.no_grad()
@@ -67,33 +63,3 @@ def _one_shot(weight: Tensor, mask: Tensor, metric: Metric, rank: int, kept: Ten
         B, A = truncated_svd(rest * scale, rank).factors()
         A = A * back
     return assemble(weight, mask, (B, A), [], metric, lambda rows: kept[..., rows, :])
-
-
-def posed(
-    weight: Tensor, mask: Tensor | None, rank: int, metric: Metric | None, *, coded: bool = False
-) -> tuple[Metric, Tensor]:
-    """Raise unless the problem is well posed; the metric, and the weight without its history.
-
-    With `coded`, one matrix on a grid, the rank may be 0 and the mask be left out.
-    """
-    check_matrix("weight", weight, batch=not coded)
-    if mask is not None:
-        check_mask(mask, weight)
-    if rank != 0 or not coded:
-        check_rank(rank, weight.shape[-2:])
-    metric = Identity() if metric is None else metric
-    if not isinstance(metric, Identity | Diagonal | Gram):
-        raise TypeError(f"metric is {metric!r}; it must be Identity(), Diagonal(d) or Gram(H)")
-    metric.check(weight.shape[-1])
-    if isinstance(metric, Gram) and weight.ndim != 2:
-        raise ValueError("Gram refines one matrix at a time, but weight is a stack")
-    return metric, weight.detach()
-
-
-def scales(metric: Metric, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Column scales of a Diagonal metric and their inverse, 0 for a silent channel; else ones."""
-    if not isinstance(metric, Diagonal):
-        one = like.new_ones(())
-        return one, one
-    scale = metric.scale.to(like.device, like.dtype)
-    return scale, (scale > 0) / torch.where(scale > 0, scale, 1)

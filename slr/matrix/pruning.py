@@ -27,7 +27,7 @@ from slr.matrix.checks import check_finite, check_matrix
 from slr.matrix.metric import Gram, definite
 from slr.matrix.patterns import NM, Pattern, parse
 
-__all__ = ["METHODS", "Pruned", "prune"]
+__all__ = ["METHODS", "Pruned", "inverse_factor", "prune", "sweep"]
 
 METHODS = ("magnitude", "random", "wanda", "sparsegpt")
 BLOCK = 128  # columns that SparseGPT treats at a time
@@ -87,7 +87,7 @@ def prune(
     check_matrix("weight", weight)
     weight, pattern = weight.detach(), parse(pattern)
     if method == "sparsegpt":
-        return _sparsegpt(weight, pattern, gram)
+        return sweep(weight, pattern, inverse_factor(weight, gram))
     if method == "random":
         scores = torch.rand(weight.shape, generator=generator, device=weight.device)
     else:
@@ -113,8 +113,22 @@ def _checked_norm(norm: Tensor | None, weight: Tensor) -> Tensor:
     return norm.to(weight.device, torch.float32)
 
 
-def _inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Upper factor U of the damped H⁻¹ = UᵀU, and which inputs are dead."""
+def inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Upper factor U of the damped H⁻¹ = UᵀU, and which inputs are dead.
+
+    Args:
+        weight: (m, n), for its width and device.
+        gram: H, (n, n).
+
+    Raises:
+        ValueError: no H, or none of this width, or an indefinite one.
+
+    Cost: about n³ FLOPs.
+
+    >>> U, dead = inverse_factor(torch.zeros(1, 2), torch.diag(torch.tensor([3.98, 0.0])))
+    >>> print((1 / U.diagonal() ** 2).round(decimals=2), dead.tolist())
+    tensor([4.0000, 1.0200]) [False, True]
+    """
     if gram is None:
         raise ValueError("method 'sparsegpt' needs gram, the second moments of the inputs")
     metric = Gram(gram, damping=DAMPING)
@@ -127,11 +141,27 @@ def _inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor
     return definite((inverse + inverse.T) / 2, "the inverse of gram")[1].T, dead
 
 
-def _sparsegpt(weight: Tensor, pattern: Pattern, gram: Tensor | None) -> Pruned:
+def sweep(weight: Tensor, pattern: Pattern, factor: tuple[Tensor, Tensor]) -> Pruned:
+    """SparseGPT, one sweep over the columns, given what :func:`inverse_factor` makes of H.
+
+    Args:
+        weight: (m, n), finite.
+        pattern: to keep.
+        factor: of :func:`inverse_factor`; the same for every weight on these inputs.
+
+    Raises:
+        ValueError: a pattern that does not fit, or a result too large for the dtype.
+
+    Cost: 2 m n² FLOPs.
+
+    >>> factor = inverse_factor(torch.zeros(1, 2), torch.ones(2, 2) + torch.eye(2))
+    >>> print(sweep(torch.tensor([[1.0, 2.0]]), NM(1, 2), factor).weight)  # 2 + 1/2 / 1.01
+    tensor([[0.0000, 2.4950]])
+    """
     m, n = weight.shape
     if isinstance(pattern, NM) and n % pattern.m:
         raise ValueError(f"pattern {pattern} needs columns divisible by {pattern.m}; there are {n}")
-    U, dead = _inverse_factor(weight, gram)
+    U, dead = factor
     unit = unit_of(weight)  # squares of its entries are to stay in range
     W = weight.float() / unit
     W[:, dead] = 0

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from slr.matrix.alternation import refine_rounded
-from slr.matrix.assembly import assemble, in_units, working
+from slr.matrix.assembly import assemble, in_units, posed, scales, working
 from slr.matrix.checks import check_count
 from slr.matrix.filled import (
     POLISH,
@@ -51,7 +51,7 @@ from slr.matrix.filled import (
 )
 from slr.matrix.gram import refine_gram
 from slr.matrix.metric import Gram, Metric
-from slr.matrix.oneshot import posed, scales, svd_repair
+from slr.matrix.oneshot import svd_repair
 from slr.matrix.patterns import Pattern, parse
 from slr.matrix.result import Refined, Step
 from slr.matrix.rounding import Grid, as_grid

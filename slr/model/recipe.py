@@ -46,12 +46,14 @@ class Recipe:
             ``"weights"`` (the paper, data-free), on weights scaled by activation norms
             (``"diagonal"``) or on the layer's outputs, by the Hessian (``"activations"``); one
             shot, ``"svd"`` of the weights or ``"eora"`` of the outputs; ``"pcp"``, principal
-            component pursuit; ``"gptq"``, rounding alone; or ``"none"``.  When ``None``, the best
-            for what is read anyway: ``"activations"``, asymmetric and with ADMM's mask, after a
-            pruner that reads data, else ``"weights"`` with the accelerated schedule.
+            component pursuit; ``"gptq"``, rounding alone; or ``"none"``.
+            Of other papers, to compare with (:mod:`slr.matrix.rivals`): ``"oats"``, whose mask is
+            its own, ``"slim"``, ``"hassle"`` and ``"3basil"``.  When ``None``, the best for what is
+            read anyway: ``"activations"``, asymmetric and with ADMM's mask, after a pruner that
+            reads data, else ``"weights"`` with the accelerated schedule.
         rank: rank of the low-rank part, the same for every layer; or
         rank_ratio: rank as a fraction of the hidden size, 1/32 by default (128 for 4096).
-        iterations: of the refinement, 50 by default.
+        iterations: of the refinement, 50 by default; of OATS 80, HASSLE-free 20, 3BASiL 400.
         schedule: of a refinement of weights, ``"paper"`` (default), or see
             :data:`slr.matrix.refinement.SCHEDULES`.
         tolerance: stop refining when an iteration lowers the error by less than this share of
@@ -156,7 +158,7 @@ class Recipe:
             prepare=prepare, tune=tune, seed=seed, skip=tuple(skip),
             overrides={name: plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
-        self._check_kept()
+        self._checked()
         self.variants()  # all overrides are looked at
         if samples is not None:
             check_count("samples", samples)
@@ -237,8 +239,16 @@ class Recipe:
         """The recipe, and what each override makes of it."""
         return [self, *(self._override(n, options) for n, options in self.overrides.items())]
 
-    def _check_kept(self) -> Recipe:
-        """Itself; raise ValueError if nothing is kept, and it says how to choose or refine that."""
+    def _checked(self) -> Recipe:
+        """Itself; raise ValueError if a step has nothing to do, or no effect on what another does.
+
+        That is where nothing is kept, or where the repair does not look at what is.
+        """
+        if self.refine.blind and str(self.prune) != "wanda":
+            raise ValueError(
+                f"prune={str(self.prune)!r} has no effect with refine={str(self.refine)!r}, which "
+                "chooses a mask of its own; give 'wanda', the default"
+            )
         if self.pattern.density:
             return self
         if not self.refine.alone:
@@ -294,7 +304,7 @@ class Recipe:
                 prune=step_of("prune", options.get("prune", self.prune), PRUNERS, {}),
                 pattern=regrouped(options.get("pattern", self.pattern), options.get("group")),
                 refine=step_of("refine", refine, REPAIRS, {**kept, **wanted}),
-            )._check_kept()
+            )._checked()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
 

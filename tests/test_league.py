@@ -1,0 +1,109 @@
+"""The league: what each row weighs, its order, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slr
+from slr.checkpoint.sizes import checkpoint_account
+from slr.cli import app
+from slr.evaluate.league import Place, as_table, places
+from slr.evaluate.reproduction import reproduce, sizes
+from slr.evaluate.tables import Spec
+from slr.matrix.rounding import Grid
+
+SPEC = {
+    "title": "t", "dtype": "float32", "text": "embedded", "seqlen": 16, "limit": 2,
+    "calibration": "embedded", "recipe": {"rank": 2, "samples": 4, "seqlen": 16},
+    "rounded": ["int8"],
+    "entries": {
+        "pruned": {"prune": "magnitude", "refine": "none"},
+        "half": {"prune": "magnitude", "refine": "svd"},
+        "codes": {"pattern": "dense", "values": "int4 by 16", "iterations": 2},
+        "both": {"prune": "magnitude", "refine": "weights", "values": "int8", "iterations": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("league")
+    (folder / "own.json").write_text(json.dumps({**SPEC, "model": str(small)}))
+    spec = Spec.read(str(folder / "own.json"))
+    reproduce(spec, folder / "cells")
+    return spec, folder / "cells"
+
+
+def test_what_comes_with_the_package_is_sound():
+    spec = Spec.read("league")
+    cells = list(spec.cells())
+    assert [cell.row for cell in cells] == spec.rows
+    assert len({cell.file(Path()) for cell in cells}) == len(cells)
+    assert not any("," in row for row in spec.rows)  # commas part the rows on the command line
+
+
+@pytest.mark.parametrize("row", SPEC["entries"])
+def test_a_cell_says_what_the_folder_weighs(small, table, row, tmp_path):
+    spec, cells = table
+    told = json.loads((cells / row / "dense.json").read_text())
+    recipe = next(cell.recipe for cell in spec.cells([row]))
+    windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(1))
+    slr.compress(
+        small, recipe, out=tmp_path / "out", calibration=windows if recipe.needs_data else None
+    )
+    assert told["bytes"] == checkpoint_account(tmp_path / "out")["bytes"]
+
+
+def test_plain_rows_weigh_their_codes_and_scales(small, table):
+    told = sizes(small, Grid(4, 32), [])
+    layers = [
+        m.weight.shape
+        for block in slr.load(small).model.layers
+        for m in block.modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+    want = sum(m * n // 2 + m * (n // 32) * 2 + m * (n // 32) // 2 for m, n in layers)
+    assert (told["in_layers"], told["weights"]) == (want, sum(m * n for m, n in layers))
+    assert sizes(small, None, [])["bytes"] == 2 * sum(
+        p.numel() for p in slr.load(small).parameters()
+    )
+
+
+def test_the_league_is_in_order_and_stars_the_frontier(table):
+    found = places(*table)
+    assert {place.name for place in found} == {"dense", "plain int8", *SPEC["entries"]}
+    bits = [place.bits for place in found]
+    assert bits == sorted(bits)
+    best = float("inf")
+    for place in found:
+        assert place.frontier == (place.perplexity < best)
+        best = min(best, place.perplexity)
+    by_name = {place.name: place for place in found}
+    assert by_name["dense"].bits == 16
+    assert by_name["pruned"].multiplications == 0.5
+    assert by_name["codes"].multiplications > 1
+    assert max(by_name["codes"].bits, by_name["both"].bits) < by_name["half"].bits
+    text = as_table(found).splitlines()
+    assert len({len(line) for line in text}) == 1
+    assert text[0].split() == ["row", "bits", "MB", "arithmetic", "perplexity", "seconds"]
+
+
+def test_a_second_text_decides_where_it_is_there():
+    one = Place("a", 4.0, 10, 1.0, 9.0, 5.0, 1.0)
+    assert "on text" in as_table([one], "text")
+    assert "5.00" in as_table([one], "text")
+
+
+def test_the_command(small, tmp_path):
+    options = ["--rows", "dense,rounded/int8", "--out", str(tmp_path / "cells")]
+    done = CliRunner().invoke(app, ["league", str(small), *options, "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)["league"]
+    assert [row["name"] for row in told] == ["plain int8", "dense"]
+    done = CliRunner().invoke(app, ["league", str(small), *options])
+    assert "plain int8" in done.stdout
+    done = CliRunner().invoke(app, ["league", str(small), "--rows", "nothing"])
+    assert "row 'nothing' fits none of dense" in done.output
