@@ -64,9 +64,9 @@ class LayerReport(NamedTuple):
     pruned_error: float
     error: float
     output_error: float | None
-    seconds: float
     grid: str | None = None
     factors: str | None = None
+    seconds: float = 0.0
 
     def stored(self) -> dict:
         """All but name and time, which would make equal results differ."""
@@ -196,7 +196,7 @@ def report(name: str, layer: SLRLinear, errors: Errors, seconds: float) -> Layer
     shape, pattern = (layer.out_features, layer.in_features), layer.pattern
     return LayerReport(
         name, shape, None if pattern is None else str(pattern), layer.rank, layer.kept,
-        layer.bias is not None, *errors, seconds, *map(grids(layer).get, ("grid", "factors")),
+        layer.bias is not None, *errors, *map(grids(layer).get, ("grid", "factors")), seconds,
     )  # fmt: skip
 
 
