@@ -94,12 +94,15 @@ def test_reads_no_file_of_the_repository(chapter):
     assert not [s for c in cells if "../" in (s := "".join(c["source"]))]
 
 
+READ = ("recorded(", "runs(", "folder(")
+
+
 def test_what_chapters_import_and_read_is_in_the_package(installed, tmp_path):
     found = {chapter.stem[:2]: list(dict.fromkeys(uses(chapter))) for chapter in CHAPTERS}
     reading = {n for n, lines in found.items() if any("records import" in x for x in lines)}
-    assert reading == {"07", "08", "09", "10", "12", "13", "14", "15", "16"}
+    assert reading == {"07", "08", "09", "10", "12", "13", "14", "15", "16", "17"}
     for number in reading:
-        assert any("recorded(" in x or "runs(" in x for x in found[number]), number
+        assert any(name in x for x in found[number] for name in READ), number
     lines = [line for chapter in found.values() for line in chapter]
     imports = [line for line in lines if line.startswith("from ")]
     code = "\n".join([*imports, *(line for line in lines if line not in imports)])

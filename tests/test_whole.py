@@ -165,7 +165,8 @@ def test_from_the_command_line(small, tmp_path):
     told = json.loads(run("info", out, "--json").stdout)
     assert told["parameters"] <= 0.5 * told["parameters_before"]
     done = run("eval", out, "--limit", 2, "--seqlen", 32)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["dense", "CAP"]
+    rows = [line.rpartition("  ")[0].strip() for line in done.stdout.splitlines()]
+    assert rows == ["dense", "plain int8", "plain int4 by 32", "CAP"]
     done = run("export", out, "--to", "peft", "--out", tmp_path / "peft")
     assert done.exit_code == 0, done.output
     done = run(

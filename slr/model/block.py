@@ -193,10 +193,10 @@ def _tuned(told: LayerReport, block: nn.Module, dense: nn.Module, inner: str) ->
 
 def report(name: str, layer: SLRLinear, errors: Errors, seconds: float) -> LayerReport:
     """The report of a layer, from itself and its errors."""
-    shape, pattern = (layer.out_features, layer.in_features), layer.pattern
+    shape, pattern, codes = (layer.out_features, layer.in_features), layer.pattern, grids(layer)
     return LayerReport(
         name, shape, None if pattern is None else str(pattern), layer.rank, layer.kept,
-        layer.bias is not None, *errors, *map(grids(layer).get, ("grid", "factors")), seconds,
+        layer.bias is not None, *errors, codes.get("grid"), codes.get("factors"), seconds,
     )  # fmt: skip
 
 
