@@ -1,4 +1,4 @@
-"""Tokens a second of a whole model: dense against 2:4, and 50% anywhere, + rank k.
+"""Tokens a second of a whole model: dense against 2:4, 50% anywhere, and codes, + rank k.
 
     python benchmarks/decode.py [--rank 128] [--new 64] [--out DIR]    # on a CUDA GPU of 32 GB
     python benchmarks/decode.py --device cpu --out results/cpu         # smaller models
@@ -25,6 +25,8 @@ import slr
 from slr.checkpoint.named import place
 from slr.evaluate.origin import provenance
 from slr.layer import native
+from slr.layer.rounded import layer_of
+from slr.matrix.result import Coded
 
 sys.path.insert(0, str(Path(__file__).parent))  # however this file is run
 from linear import rates
@@ -47,7 +49,8 @@ SHAPES = {  # as LlamaConfig wants them, whose defaults are LLaMA-7B's; and the 
         2,
     ),
 }  # fmt: skip
-WAYS = {"2:4": "2:4", "50%": "0.5"}
+WAYS = {"2:4": "2:4", "50%": "0.5"}  # patterns
+CODES = {"int8": "int8", "int4": "int4 by 64"}  # grids; on a CPU, where codes have kernels
 
 
 def build(shape: str, device: str) -> nn.Module:
@@ -71,6 +74,23 @@ def replace_(model: nn.Module, rank: int, pattern: str) -> nn.Module:
             B, A = torch.randn(m, rank).to(W), torch.randn(rank, n).to(W) * small
             new = slr.SLRLinear(W * mask, B, A, mask=mask, pattern=pattern)
             model.model.layers.set_submodule(name, new)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def round_(model: nn.Module, rank: int, name: str) -> nn.Module:
+    """The same with all entries, as codes, and factors in int8."""
+    grid, int8 = slr.Grid.parse(name), slr.Grid(8)
+    for layer_name, layer in list(model.model.layers.named_modules()):
+        if isinstance(layer, nn.Linear):
+            W = layer.weight.data
+            (m, n), small = W.shape, W.std() / max(rank, 1) ** 0.5
+            low = torch.randn(rank, m), torch.randn(rank, n) * small.float()
+            coded = Coded(grid.rounded(W), *(int8.rounded(part) for part in low))
+            B, A = (part.values().to(W) for part in coded[1:])
+            S, every = coded.sparse.values().to(W), torch.ones_like(W, dtype=torch.bool)
+            new = layer_of(slr.Refined(S, B.T, A, (), every, coded))
+            model.model.layers.set_submodule(layer_name, new)
     return model.requires_grad_(False)
 
 
@@ -126,6 +146,8 @@ def main() -> int:
         models = {"dense": build(shape, args.device)}
         for way, pattern in WAYS.items():
             models[way] = replace_(copy.deepcopy(models["dense"]), rank, pattern)
+        for way, grid in CODES.items() if args.device == "cpu" else ():
+            models[way] = round_(copy.deepcopy(models["dense"]), rank, grid)
         for compiled in [False, True] if args.device == "cuda" else [False]:
             best: dict[str, float] = {}
             for run in range(args.runs + 1):

@@ -14,6 +14,7 @@ from slr.layer.bits import pack_mask, unpack_mask
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, Known
 from slr.model.block import compress_layer
+from slr.model.plain import PLAIN
 
 
 @pytest.fixture

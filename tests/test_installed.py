@@ -69,6 +69,8 @@ def uses(chapter):
             yield f"recorded({node.args[0].value!r})"
         if node.func.id == "runs":
             yield f"assert list({ast.unparse(node)})"
+        if node.func.id == "folder":
+            yield f"assert list({ast.unparse(node)}.rglob('*.json'))"
 
 
 def names(folder):

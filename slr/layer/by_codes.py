@@ -34,7 +34,7 @@ class ByCodes(SLRLinear):
             return False
         return not wants_operator(x, *self.parameters()) and not native.missing()
 
-    def _prepared(self) -> tuple[native_codes.CodedMatrix, Tensor | None, Tensor | None]:
+    def _prepared(self) -> tuple:
         """What our kernels read, made once: S as it lies, and B and A if they have codes."""
         if self._ready is None:
             zero, starts = None, None
@@ -48,17 +48,17 @@ class ByCodes(SLRLinear):
                 self._shape, self.grid.bits, self.codes, self.kept, self.scale, zero, group, *parts
             )
             low = (None, None) if "B" in self._parameters else (self.B, self.A)
-            self._ready = (S, *low)
+            self._ready = (S, *low, S.struct())
         return self._ready
 
     def _by_kernels(self, x: Tensor) -> Tensor:
         """y by our own kernels: few tokens from the codes, many from blocks of rows."""
-        S, B, A = self._prepared()
+        S, B, A, struct = self._prepared()
         if B is None or A is None:
             B, A = self.B, self.A
         flat, (m, n) = x.reshape(-1, self.in_features), self._shape
         if len(flat) <= native_codes.FEW:
-            y = native_codes.few_tokens(flat, S, self.bias)
+            y = native_codes.few_tokens(flat, S, self.bias, struct=struct)
         else:
             y = flat.new_empty(len(flat), m)
             room = flat.new_empty(min(ROWS, m), n)

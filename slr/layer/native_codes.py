@@ -6,7 +6,7 @@ They are in ``codes.cpp``, compiled with the others (:mod:`slr.layer.compiled`).
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,14 +91,16 @@ def rows_(out: Tensor, S: CodedMatrix, top: int = 0, *, best: str | None = None)
 
 
 def few_tokens(
-    x: Tensor, S: CodedMatrix, bias: Tensor | None = None, *, best: str | None = None
-) -> Tensor:
+    x: Tensor, S: CodedMatrix, bias: Tensor | None = None, *, struct: Any = None,
+    best: str | None = None,
+) -> Tensor:  # fmt: skip
     """y = S x + b, in the dtype of x, sums in float32; nothing is differentiated.
 
     Args:
         x: (tokens, n), of any float dtype; meant for up to :data:`FEW` tokens.
         S: the matrix.
         bias: (m,).
+        struct: of S, if it was made before.
         best: as for :func:`rows_`.
 
     Returns:
@@ -108,10 +110,12 @@ def few_tokens(
     """
     (m, n), tokens = S.shape, len(x)
     wide = -(-n // PAD) * PAD
-    padded = torch.nn.functional.pad(x.float(), (0, wide - n)).contiguous()
+    padded = x.float().contiguous()
+    if wide > n:
+        padded = torch.nn.functional.pad(padded, (0, wide - n))
     y = torch.empty(tokens, m)
     own = None if bias is None else bias.float().contiguous()
-    struct = S.struct()
+    struct = S.struct() if struct is None else struct
     library().codes_few(
         _chosen(best), torch.get_num_threads(), ctypes.addressof(struct), tokens, wide,
         padded.data_ptr(), None if own is None else own.data_ptr(), y.data_ptr(),
