@@ -234,7 +234,7 @@ def tune_(
     model: opt.Folder,
     out: opt.Out,
     passes: Annotated[int, typer.Option(help="over the calibration text")] = 4,
-    rate: Annotated[float | None, typer.Option(help="of Adam (default: 0.0001)")] = None,
+    rate: Annotated[float | None, typer.Option(help="of Adam (default: 0.0003)")] = None,
     calibration: opt.Calibration = None,
     source: opt.Source = None,
     device: opt.Device = "auto",

@@ -27,38 +27,43 @@ def folders(small, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("kind", ["sparse", "codes"])
-def test_it_comes_nearer_and_masks_and_codes_stay(small, folders, kind):
-    teacher = slr.load(small, dtype=torch.float32)
-    student = slr.load(folders / kind, dtype=torch.float32)
+RECIPES = {
+    "sparse": slr.Recipe("magnitude", "2:4", refine="svd", rank=8),
+    "codes": slr.Recipe(
+        "magnitude", "dense", refine="weights", rank=8, values="int2 by 32", iterations=1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_it_comes_nearer_and_the_sparse_part_stays(kind):
+    """On the embedded model, whose predictions say something."""
+    text, tokenizer = slr.data.corpus("calibration"), slr.load_tokenizer("tiny")
+    windows = slr.data.windows(text, tokenizer, 96, 9)
+    teacher = slr.load("tiny", dtype=torch.float32)
+    student = slr.load("tiny", dtype=torch.float32)
+    slr.compress(student, RECIPES[kind])
     before = {n: p.clone() for n, p in teacher.state_dict().items()}
-    was = {n: (m.mask, m.B, m.A) for n, m in layers(student).items()}
-    codes = {n: m.codes.clone() for n, m in layers(student).items() if kind == "codes"}
-    for layer in layers(student).values():
-        if kind == "codes":  # something to learn: all scales a quarter too large
-            layer.scale = (layer.scale.view(torch.bfloat16) * 1.25).view(torch.int16)
-            layer.check_()
+    was = {n: (m.mask, m.weight, m.B.clone()) for n, m in layers(student).items()}
     embedding = student.get_input_embeddings().weight.clone()
-    trace = distil(student, teacher, WINDOWS, 3, rate=1e-3)
-    assert len(trace) == 4
-    assert min(trace) < 0.9 * trace[0]
+    trace = distil(student, teacher, windows, 2)
+    assert len(trace) == 3
+    assert min(trace) < 0.93 * trace[0]
     for name, layer in layers(student).items():
         assert torch.equal(layer.mask, was[name][0])
-        if kind == "codes":
-            assert isinstance(layer, RoundedLinear)
-            assert torch.equal(layer.codes, codes[name])
-    moved = [not torch.equal(m.B, was[n][1]) for n, m in layers(student).items()]
-    assert any(moved)
+        assert torch.equal(layer.weight, was[name][1])
+        assert isinstance(layer, RoundedLinear) == (kind == "codes")
+    assert any(not torch.equal(m.B, was[n][2]) for n, m in layers(student).items())
     assert torch.equal(student.get_input_embeddings().weight, embedding)
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name])
     assert not any(p.grad is not None for p in student.parameters())
     with torch.no_grad():
-        logits = student(WINDOWS[-1:]).logits[0].log_softmax(-1)
-        wanted = teacher(WINDOWS[-1:]).logits[0].log_softmax(-1)
+        logits = student(windows[-1:]).logits[0].log_softmax(-1)
+        wanted = teacher(windows[-1:]).logits[0].log_softmax(-1)
     again = float((wanted.exp() * (wanted - logits)).sum(-1).mean())
-    # Scales and factors are rounded when they are packed again.
-    assert again == pytest.approx(min(trace), rel=1e-3 if kind == "sparse" else 0.3)
+    # Factors in int8 are rounded when they are packed again.
+    assert again == pytest.approx(min(trace), rel=1e-3 if kind == "sparse" else 0.1)
 
 
 def test_what_serves_held_out_windows_best_is_kept(small, folders):

@@ -101,6 +101,9 @@ class _TunedCodes(nn.Module):
         return layer_of(refined, bias, pattern=self.pattern)
 
 
+KEPT: dict[type, str] = {_Tuned: "S", _TunedCodes: "scale"}  # what is trained of S
+
+
 def tune_block(block: nn.Module, index: int, inputs: BlockInputs, passes: int) -> list[float]:
     """Tune a block in place.
 
@@ -160,11 +163,13 @@ def descending(step: int, steps: int) -> float:
 
 
 @contextmanager
-def trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+def trainable(block: nn.Module, values: bool = True) -> Iterator[list[nn.Parameter]]:
     """While open, the compressed layers and all that is no linear layer have float32 parameters.
 
     Args:
         block: one, or a list of modules of them.
+        values: whether kept weights, or the scales of codes, are trained too, or only B, A and
+            what is no linear layer.
     """
     layers = {name: m for name, m in block.named_modules() if isinstance(m, SLRLinear)}
     were: dict[nn.Parameter, tuple[torch.dtype, bool]] = {}
@@ -176,7 +181,10 @@ def trainable(block: nn.Module) -> Iterator[list[nn.Parameter]]:
         for parameter in module.parameters(recurse=False):
             were[parameter] = parameter.dtype, parameter.requires_grad
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(not isinstance(module, nn.Linear))
+            parameter.requires_grad_(
+                not isinstance(module, nn.Linear)
+                and (values or parameter is not getattr(module, KEPT.get(type(module), ""), None))
+            )
     try:
         yield [p for p in were if p.requires_grad]
     finally:
