@@ -119,9 +119,9 @@ def test_the_alternation_beats_rounding_then_repair(kind, masked):
     mask = slr.prune(W, "magnitude", "0.5").mask if masked else None
     options = {"metric": metric, "grid": "int3 by 16"}
     once = slr.refine(W, mask, 4, iterations=1, **options)
-    many = slr.refine(W, mask, 4, iterations=20, **options)
+    many = slr.refine(W, mask, 4, iterations=12, **options)
     assert many.error < 0.97 * once.error
-    assert len(many.trace) == 21
+    assert len(many.trace) == 13
     assert many.coded.A is None
     values = many.coded.sparse.values()
     kept = values if mask is None else values * mask
@@ -189,7 +189,7 @@ def test_a_planted_answer_is_found():
     S = Grid(3, 8).nearest(matrix(32, 32, 5))
     W = S + 0.4 * matrix(32, 1, 6) @ matrix(1, 32, 7)
     found = refine_rounded(
-        W, None, Identity(), 1, Grid(3, 8), iterations=60,
+        W, None, Identity(), 1, Grid(3, 8), iterations=12,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert float((W - found.sparse - found.B @ found.A).norm()) < 0.8 * float(

@@ -126,8 +126,9 @@ def refine(
         search: how: in the first half of the iterations by the ``"score"`` |W - B A| √diag(H), or
             by ``"admm"`` (:mod:`slr.matrix.admm`) in the first eight ninths, which then are not in
             the trace.
-        grid: of the values of S, as ``"int4 by 64"``: see :mod:`slr.matrix.alternation`.  With
-            `update_mask` the mask is chosen first, as if there were none.
+        grid: of the values of S, as ``"int4 by 64"``: see :mod:`slr.matrix.alternation`, which
+            takes a dozen rounds at most.  With `update_mask` the mask is chosen first, as if there
+            were none.
         factors: with a `grid`: that of B, by columns, and A, by rows, as ``"int8"``.
 
     Returns:
