@@ -47,26 +47,28 @@ class ByCodes(SLRLinear):
             S = native_codes.CodedMatrix(
                 self._shape, self.grid.bits, self.codes, self.kept, self.scale, zero, group, *parts
             )
-            low = (None, None) if "B" in self._parameters else (self.B, self.A)
-            self._ready = (S, *low, S.struct())
+            low = None
+            if "B" not in self._parameters and self.rank:
+                low = self.B.float(), self.A.float()
+            self._ready = (S, low, S.struct())
         return self._ready
 
     def _by_kernels(self, x: Tensor) -> Tensor:
         """y by our own kernels: few tokens from the codes, many from blocks of rows."""
-        S, B, A, struct = self._prepared()
-        if B is None or A is None:
-            B, A = self.B, self.A
+        S, low, struct = self._prepared()
         flat, (m, n) = x.reshape(-1, self.in_features), self._shape
         if len(flat) <= native_codes.FEW:
-            y = native_codes.few_tokens(flat, S, self.bias, struct=struct)
-        else:
-            y = flat.new_empty(len(flat), m)
-            room = flat.new_empty(min(ROWS, m), n)
-            for top in range(0, m, ROWS):
-                rows = native_codes.rows_(room[: min(ROWS, m - top)], S, top)
-                torch.mm(flat, rows.T, out=y[:, top : top + ROWS])
-            if self.bias is not None:
-                y += self.bias
+            if low is None and self.rank:
+                low = self.B.float(), self.A.float()
+            y = native_codes.few_tokens(flat, S, self.bias, low, struct=struct)
+            return y.view(*x.shape[:-1], m)
+        y = flat.new_empty(len(flat), m)
+        room = flat.new_empty(min(ROWS, m), n)
+        for top in range(0, m, ROWS):
+            rows = native_codes.rows_(room[: min(ROWS, m - top)], S, top)
+            torch.mm(flat, rows.T, out=y[:, top : top + ROWS])
+        if self.bias is not None:
+            y += self.bias
         if self.rank:
-            y.addmm_(flat @ A.T, B.T)
+            y.addmm_(flat @ self.A.T, self.B.T)
         return y.view(*x.shape[:-1], m)

@@ -91,15 +91,16 @@ def rows_(out: Tensor, S: CodedMatrix, top: int = 0, *, best: str | None = None)
 
 
 def few_tokens(
-    x: Tensor, S: CodedMatrix, bias: Tensor | None = None, *, struct: Any = None,
-    best: str | None = None,
+    x: Tensor, S: CodedMatrix, bias: Tensor | None = None,
+    low: tuple[Tensor, Tensor] | None = None, *, struct: Any = None, best: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = S x + b, in the dtype of x, sums in float32; nothing is differentiated.
+    """y = S x + B (A x) + b, in the dtype of x, sums in float32; nothing is differentiated.
 
     Args:
         x: (tokens, n), of any float dtype; meant for up to :data:`FEW` tokens.
         S: the matrix.
         bias: (m,).
+        low: B (m, k) and A (k, n) in float32, in which torch is quicker for few tokens.
         struct: of S, if it was made before.
         best: as for :func:`rows_`.
 
@@ -120,4 +121,6 @@ def few_tokens(
         _chosen(best), torch.get_num_threads(), ctypes.addressof(struct), tokens, wide,
         padded.data_ptr(), None if own is None else own.data_ptr(), y.data_ptr(),
     )  # fmt: skip
+    if low is not None:
+        y.addmm_(padded[:, :n] @ low[1].T, low[0].T)
     return y.to(x.dtype)
