@@ -163,12 +163,18 @@ def test_how_large_it_will_be_is_known_before(small, tmp_path):
         assert abs(foretold - there) < 0.01 * there + headers
 
 
-def test_exports(small, tmp_path):
-    peft = pytest.importorskip("peft")
+@pytest.fixture
+def of_codes(small, tmp_path):
+    """A folder of codes, its model, and some windows."""
     windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2))
     out = tmp_path / "out"
     slr.compress(small, slr.Recipe(**RECIPES["dense"]), out=out, calibration=windows)
-    model = slr.load(out, dtype=torch.float32)
+    return out, slr.load(out, dtype=torch.float32), windows
+
+
+def test_exports(of_codes, tmp_path):
+    peft = pytest.importorskip("peft")
+    out, model, windows = of_codes
     slr.export(out, tmp_path / "dense", to="dense")
     slr.export(out, tmp_path / "peft", to="peft")
     with torch.no_grad():
@@ -180,12 +186,9 @@ def test_exports(small, tmp_path):
         assert torch.allclose(adapted(windows).logits, logits, atol=2e-2)
 
 
-def test_an_adapter_on_codes_is_merged_into_free_factors(small, tmp_path):
+def test_an_adapter_on_codes_is_merged_into_free_factors(of_codes, tmp_path):
     peft = pytest.importorskip("peft")
-    windows = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2))
-    out = tmp_path / "out"
-    slr.compress(small, slr.Recipe(**RECIPES["dense"]), out=out, calibration=windows)
-    model = slr.load(out, dtype=torch.float32)
+    _, model, windows = of_codes
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)

@@ -21,7 +21,7 @@ from slr.methods.blockwise import compress_model
 from slr.model.blocks import decoder_blocks
 from slr.model.data import OURS
 from slr.model.losses import exponential
-from slr.model.plain import PLAIN, round_linears
+from slr.model.plain import PLAIN, rounded
 from slr.model.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -152,12 +152,12 @@ def comparison_of(
         return Comparison({**values, name: measured(folder, name, stream=True, **options)}, why)
     loaded: nn.Module = load(folder, dtype=dtype)
     if notes is not None and origin is not None:
-        values["dense"] = measured(origin, "dense", **options)
+        model = nn.Module.to(load(origin, dtype=dtype), device)
+        values["dense"] = measured(model, "dense")
         for plain, grid in PLAIN.items():
-            model = load(origin, dtype=dtype)
-            round_linears(decoder_blocks(model), grid)
-            values[plain] = measured(nn.Module.to(model, device), plain)
-            del model
+            with rounded(decoder_blocks(model), grid):
+                values[plain] = measured(model, plain)
+        del model
         if notes["recipe"]["refine"] != "none" and "prune" in notes["recipe"]:
             pruned = load(origin)
             if _may_read(folder, notes) and prune_again(pruned, loaded, notes, origin):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SETS", "Library", "cache_folder", "library"]
+__all__ = ["SETS", "Library", "cache_folder", "chosen", "library"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "codes.cpp"))
 SETS = ("portable", "avx2", "avx512", "amx")  # as `Set` in native.cpp
@@ -88,6 +88,17 @@ def library() -> Library:
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or str(error)
         return Library(None, f"our C++ does not compile here: {told.strip().splitlines()[-1]}")
+
+
+def chosen(best: str | None) -> int:
+    """The best instruction set here, but none better than the one named: an index of `SETS`.
+
+    Cost: none, once the library is there.
+
+    >>> chosen("portable") if not library().missing else 0
+    0
+    """
+    return library().best if best is None else min(SETS.index(best), library().best)
 
 
 def _compiler() -> str | None:

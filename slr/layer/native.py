@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slr.layer.compiled import SETS, library
+from slr.layer.compiled import SETS, chosen, library
 
 __all__ = ["DTYPES", "in_use", "missing", "multiply", "row_starts", "spread_", "tiled"]
 
@@ -68,10 +68,6 @@ def row_starts(bitmask: Tensor, shape: tuple[int, int]) -> Tensor | None:
     return starts if found.starts(found.best, threads, m, n, bitmask.data_ptr(), at) else None
 
 
-def _chosen(best: str | None) -> int:
-    return library().best if best is None else min(SETS.index(best), library().best)
-
-
 def multiply(
     x: Tensor,
     values: Tensor,
@@ -111,7 +107,7 @@ def multiply(
             and A.is_contiguous()):  # fmt: skip
         x, values, B, A = (t.contiguous() for t in (x, values, B, A))
     library().few(
-        DTYPES[x.dtype], _chosen(best), torch.get_num_threads(), x.numel() // n, m, n, k,
+        DTYPES[x.dtype], chosen(best), torch.get_num_threads(), x.numel() // n, m, n, k,
         x.data_ptr(), values.data_ptr(), kept, bitmask.data_ptr(),
         None if starts is None else starts.data_ptr(), kept // m,
         B.data_ptr(), A.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
@@ -146,7 +142,7 @@ def spread_(
     """
     values = values if values.is_contiguous() else values.contiguous()
     library().spread(
-        out.itemsize, _chosen(best), torch.get_num_threads(), rows, out.shape[1], top, len(out),
+        out.itemsize, chosen(best), torch.get_num_threads(), rows, out.shape[1], top, len(out),
         values.data_ptr(), values.numel(), bitmask.data_ptr(),
         None if starts is None else starts.data_ptr(), values.numel() // rows, out.data_ptr(),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slr.layer.compiled import SETS, library
+from slr.layer.compiled import chosen, library
 
 __all__ = ["FEW", "KINDS", "CodedMatrix", "few_tokens", "rows_"]
 
@@ -67,10 +67,6 @@ class CodedMatrix(NamedTuple):
         )  # fmt: skip
 
 
-def _chosen(best: str | None) -> int:
-    return library().best if best is None else min(SETS.index(best), library().best)
-
-
 def rows_(out: Tensor, S: CodedMatrix, top: int = 0, *, best: str | None = None) -> Tensor:
     """out ← rows of S from `top` on, in place; returns `out`.
 
@@ -84,7 +80,7 @@ def rows_(out: Tensor, S: CodedMatrix, top: int = 0, *, best: str | None = None)
     """
     struct = S.struct()
     library().codes_rows(
-        KINDS[out.dtype], _chosen(best), torch.get_num_threads(), ctypes.addressof(struct), top,
+        KINDS[out.dtype], chosen(best), torch.get_num_threads(), ctypes.addressof(struct), top,
         len(out), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -118,7 +114,7 @@ def few_tokens(
     own = None if bias is None else bias.float().contiguous()
     struct = S.struct() if struct is None else struct
     library().codes_few(
-        _chosen(best), torch.get_num_threads(), ctypes.addressof(struct), tokens, wide,
+        chosen(best), torch.get_num_threads(), ctypes.addressof(struct), tokens, wide,
         padded.data_ptr(), None if own is None else own.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     if low is not None:
