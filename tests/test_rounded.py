@@ -243,3 +243,16 @@ def test_kernels_and_torch_agree(mask, tokens, monkeypatch):
     monkeypatch.setattr(RoundedLinear, "_native", lambda self, x: False)
     slow = layer(x)
     assert float((fast - slow).float().norm() / slow.float().norm()) < 0.01
+
+
+def test_a_damaged_state_is_told_by_its_name_and_an_empty_model_is_filled_later():
+    layer = layer_of(refined())
+    model, state = torch.nn.Sequential(layer), layer.state_dict(prefix="0.")
+    state["0.bitmask"] = state["0.bitmask"] ^ 1
+    with pytest.raises(RuntimeError, match=r"0: there are \d+ codes"):
+        model.load_state_dict(state)
+    room = RoundedLinear.room(
+        (24, 40), 3, layer.kept, False, torch.float32, grid="int4 by 16", factors="int8"
+    )
+    room.load_state_dict(layer_of(refined()).state_dict())  # on the meta device nothing is copied
+    assert room.is_meta

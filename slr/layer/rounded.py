@@ -311,7 +311,11 @@ class RoundedLinear(ByCodes):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-        self.check_()
+        if not self.is_meta:
+            try:
+                self.check_()
+            except ValueError as error:
+                args[-1].append(f"{prefix.rstrip('.')}: {error}")
 
     def forward(self, x: Tensor) -> Tensor:
         """y = S x + B (A x) + b for x of shape (…, in).
