@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import slr
@@ -16,6 +16,7 @@ from slr.matrix.rounding import Grid
     bits=st.integers(2, 8), group=st.sampled_from([None, 2, 7, 32]), m=st.integers(1, 5),
     n=st.integers(1, 70), seed=st.integers(0, 99), size=st.sampled_from([1e-6, 1.0, 1e6]),
 )  # fmt: skip
+@example(8, 2, 1, 27, 0, 1.0)  # where a scale that is rounded down leaves an end off the grid
 def test_nothing_is_farther_than_half_a_step(bits, group, m, n, seed, size):
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * size
     found = Grid(bits, group).nearest(W)
