@@ -97,7 +97,7 @@ def test_instructor_has_a_plan_and_marks_for_slides(chapter):
 
 def test_deck_shows_figures_takeaways_and_summary(chapter):
     made = outline.slides(chapter)
-    assert 15 <= len(made) <= 40
+    assert 12 <= len(made) <= 40  # a short chapter has fewer
     shown = "\n".join(text for slide in made for _, text in slide.body)
     for words in chapters.takeaways(chapter):
         assert words in shown
