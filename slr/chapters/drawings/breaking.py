@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 
 from slr.chapters.drawings.pen import (
-    BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PALE, RED, Sheet, tint,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LIGHT,
+    ORANGE,
+    PALE,
+    RED,
+    Sheet,
+    tint,
 )  # fmt: skip
 
-__all__ = ["one_operation_a_byte", "areas", "a_kept_weight_moves", "head_and_tail"]
+__all__ = ["a_kept_weight_moves", "areas", "head_and_tail", "one_operation_a_byte"]
 
 
 def one_operation_a_byte() -> str:
@@ -78,7 +87,7 @@ def a_kept_weight_moves() -> str:
     sheet.path([start, end], tint(BLUE, 0.45), 1.5, "6 5")
     sheet.text(end[0] - 2, end[1] + 22, "what *X*₂ alone can give", 13, BLUE, "end")
     sheet.arrow(start, goal, INK, 3)
-    sheet.text(goal[0] - 6, goal[1] - 14, "output 2*X*₁ + 3*X*₂", 15, INK, "end", bold=True)
+    sheet.text(goal[0] + 4, goal[1] - 30, "output 2*X*₁ + 3*X*₂", 15, INK, "end", bold=True)
     sheet.arrow(start, plain, BLUE, 3)
     sheet.text(plain[0] - 34, plain[1] + 26, "3*X*₂", 15, BLUE, "end")
     sheet.arrow(plain, moved, GREEN, 3)
@@ -114,8 +123,8 @@ def head_and_tail() -> str:
     """Chapter 4: what rank k takes of a steep spectrum and of a flat one."""
     sheet = Sheet("A rank takes the head of a spectrum; the tail is the error that stays", 300)
     count, k = 48, 6
-    steep = [1 / (1 + i) ** 1.1 for i in range(count)]
-    flat = [x * (1.9 if i == 0 else 1.3 if i == 1 else 1) for i, x in enumerate(noise(count))]
+    steep = [1 / (1 + i) ** 1.5 for i in range(count)]
+    flat = [x * (1.5 if i == 0 else 1.2 if i == 1 else 1) for i, x in enumerate(noise(count))]
     panels = ((24, steep, "a steep spectrum"), (338, flat, "a residual: nearly noise"))
     for x, values, title in panels:
         share = sum(values[:k]) / sum(values)

@@ -130,7 +130,8 @@ class Sheet:
         """A matrix as squares, one colour each, with what is written in them."""
         for i, row in enumerate(fills):
             for j, fill in enumerate(row):
-                self.rect(x + j * size, y + i * size, size, size, fill, "#ffffff", 1.5)
+                if fill != "#ffffff":
+                    self.rect(x + j * size, y + i * size, size, size, fill, "#ffffff", 1.5)
                 if words and words[i][j]:
                     dark = fill.lower() in (BLUE.lower(), RED.lower(), GREEN.lower())
                     self.text(

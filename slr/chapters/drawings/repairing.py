@@ -6,21 +6,34 @@ import math
 from collections.abc import Callable
 
 from slr.chapters.drawings.pen import (
-    BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PALE, RED, Sheet, tint,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LIGHT,
+    ORANGE,
+    PALE,
+    RED,
+    Sheet,
+    tint,
 )  # fmt: skip
 
-__all__ = ["s_plus_ba", "holes_are_free", "alternating_projections", "one_pass", "three_metrics"]
+__all__ = ["alternating_projections", "holes_are_free", "one_pass", "s_plus_ba", "three_metrics"]
 
 Point = tuple[float, float]
 
 
 def s_plus_ba() -> str:
     """The front page: a dense matrix, a sparse one, and two thin ones."""
-    sheet = Sheet("W is nearly S plus B times A: a dense matrix, a sparse one and two thin ones", 250)
+    sheet = Sheet(
+        "W is nearly S plus B times A: a dense matrix, a sparse one and two thin ones", 250
+    )
     size, count = 14, 12
     # Two of every four, in an order without pattern.
     pairs = [(0, 1), (1, 3), (0, 2), (2, 3), (0, 3), (1, 2)]
-    kept = {(i, 4 * g + j) for i in range(count) for g in range(3) for j in pairs[(5 * i + 2 * g) % 6]}
+    kept = {
+        (i, 4 * g + j) for i in range(count) for g in range(3) for j in pairs[(5 * i + 2 * g) % 6]
+    }
 
     def depth(i: int, j: int) -> float:
         return 0.35 + 0.55 * ((7 * i + 11 * j + i * j) % 10) / 9
@@ -43,8 +56,8 @@ def s_plus_ba() -> str:
     sheet.text(466 + 6 * size, 136, "every entry", 15, RED, "middle")
     sheet.text(466 + 6 * size, 155, "from a few", 15, RED, "middle")
     sheet.text(14, 238, "what the model learned", 15)
-    sheet.text(234, 238, "half, chosen and moved", 15, BLUE)
-    sheet.text(446, 238, "what they have in common", 15, RED)
+    sheet.text(234, 238, "half of them, moved", 15, BLUE)
+    sheet.text(446, 238, "what entries share", 15, RED)
     return sheet.svg()
 
 
@@ -75,7 +88,7 @@ def holes_are_free() -> str:
     sheet.text(378 + 1.5 * size, 44, "*B A*", 17, RED, "middle", bold=True)
     sheet.text(537, y + 76, "=", 22, GREY, "middle")
     sheet.cells(552, y + 23, 30, [[RED]] * 3, [["1"], ["2"], ["2"]], 15)
-    sheet.cells(584, y - 9, 17, [[RED] * 3], [["2", "2", "1"]], 13)
+    sheet.cells(585, y + 59, 17, [[RED] * 3], [["2", "2", "1"]], 13)
     sheet.rect(20, 222, 16, 16, PALE, GREY, 1)
     sheet.text(44, 235, "pruned: *S* is zero, so *B A* has to be right here", 15)
     sheet.rect(20, 252, 16, 16, BLUE)
@@ -88,9 +101,7 @@ def to_curve(curve: Callable[[float], Point], point: Point) -> Point:
     low, high = 0.0, 1.0
     for _ in range(6):
         step = (high - low) / 200
-        best = min(
-            (low + i * step for i in range(201)), key=lambda s: math.dist(curve(s), point)
-        )
+        best = min((low + i * step for i in range(201)), key=lambda s: math.dist(curve(s), point))
         low, high = max(0.0, best - step), min(1.0, best + step)
     return curve((low + high) / 2)
 
@@ -108,14 +119,10 @@ def motion(walks: list[list[Point]], seconds: float) -> str:
     """CSS that moves a dot along each walk, a step at a time; none where motion is not wanted."""
     rules = []
     for i, points in enumerate(walks):
-        share = 88 / (len(points) - 1)
-        frames = [
-            f"{share * j:.1f}%{{transform:translate({x - points[0][0]:.1f}px,{y - points[0][1]:.1f}px)}}"
-            for j, (x, y) in enumerate(points)
-        ]
-        x, y = points[-1]
-        stay = f"100%{{transform:translate({x - points[0][0]:.1f}px,{y - points[0][1]:.1f}px)}}"
-        rules.append(f"@keyframes walk{i}{{{''.join(frames)}{stay}}}")
+        (x0, y0), share = points[0], 88 / (len(points) - 1)
+        moves = [f"{{transform:translate({x - x0:.1f}px,{y - y0:.1f}px)}}" for x, y in points]
+        frames = "".join(f"{share * j:.1f}%{move}" for j, move in enumerate(moves))
+        rules.append(f"@keyframes walk{i}{{{frames}100%{moves[-1]}}}")
         rules.append(f".walk{i}{{animation:walk{i} {seconds:g}s ease-in-out infinite}}")
     rules.append("@media (prefers-reduced-motion:reduce){.walk0,.walk1{animation:none}}")
     return "".join(rules)
@@ -125,13 +132,13 @@ def alternating_projections() -> str:
     """Chapter 6: the angle at which the two sets meet decides how fast the way to and fro ends."""
 
     def wide(s: float) -> Point:
-        return 40 + 250 * s, 70 + 165 * s + 26 * math.sin(math.pi * s)
+        return 90 + 140 * s, 50 + 186 * s + 14 * math.sin(math.pi * s)
 
     def narrow(s: float) -> Point:
-        return 350 + 270 * s, 118 + 104 * s + 20 * math.sin(math.pi * s)
+        return 344 + 280 * s, 118 + 98 * s + 20 * math.sin(math.pi * s)
 
     level, walks = 204.0, []
-    for curve, start in ((wide, 66.0), (narrow, 372.0)):
+    for curve, start in ((wide, 50.0), (narrow, 356.0)):
         walks.append(walk(curve, level, start, 6))
     sheet = Sheet(
         "Alternating projections between two sets that meet at a wide and at a narrow angle", 300,
@@ -189,17 +196,19 @@ def one_pass() -> str:
 
 def three_metrics() -> str:
     """Chapter 8, by hand: the nearest point on the axis, by three ways to measure an error."""
-    sheet = Sheet("Circle, upright ellipse, tilted ellipse: where each touches what is allowed", 300)
+    sheet = Sheet(
+        "Circle, upright ellipse, tilted ellipse: where each touches what is allowed", 300
+    )
     panels = (
         ("identity", (1.0, 0.0, 1.0), GREY),
         ("diagonal", (1.0, 0.0, 0.5), ORANGE),
         ("Gram", (1.0, 0.5, 0.5), GREEN),
     )
     for i, (name, (a, b, c), color) in enumerate(panels):
-        x0, y0, unit = 24 + 208 * i, 208, 52
+        x0, y0 = 24 + 208 * i, 208
 
         def place(x: float, y: float, x0: float = x0, y0: float = y0) -> Point:
-            return x0 + unit * x, y0 - unit * y
+            return x0 + 52 * x, y0 - 52 * y
 
         best = 2 + b / a  # on the axis y = 0, seen from w = (2, 1)
         least = a * (best - 2) ** 2 - 2 * b * (best - 2) + c
@@ -218,8 +227,12 @@ def three_metrics() -> str:
         sheet.text(*place(best, -0.42), f"*s* = {best:g}", 15, BLUE, "middle")
         for t in (0, 1):
             sheet.path([place(t, -0.06), place(t, 0.06)], BLUE, 1.5)
-    sheet.text(24, 262, "Blue: what the mask allows, (*s*, 0). A ring holds the points of equal", 15)
-    sheet.text(24, 282, "error around *w* = (2, 1); the best *s* is where the smallest one touches.", 15)
-    sheet.path([(228, 20), (228, 236)], LIGHT, 1)
-    sheet.path([(436, 20), (436, 236)], LIGHT, 1)
+    sheet.text(
+        24, 262, "Blue: what the mask allows, (*s*, 0). A ring holds the points of equal", 15
+    )
+    sheet.text(
+        24, 282, "error around *w* = (2, 1); the best *s* is where the smallest one touches.", 15
+    )
+    sheet.path([(218, 20), (218, 236)], LIGHT, 1)
+    sheet.path([(426, 20), (426, 236)], LIGHT, 1)
     return sheet.svg()

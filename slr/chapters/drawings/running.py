@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from slr.chapters.drawings.pen import (
-    BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PALE, RED, Sheet, tint,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LIGHT,
+    ORANGE,
+    PALE,
+    RED,
+    Sheet,
+    tint,
 )  # fmt: skip
 
-__all__ = ["scales_move", "packed_row", "selector", "grid_and_mask", "frontier_idea"]
+__all__ = ["frontier_idea", "grid_and_mask", "packed_row", "scales_move", "selector"]
 
 
 def scales_move() -> str:
     """Chapter 14, by hand: the same products, other weights, another choice."""
-    sheet = Sheet("Scales move from inputs to weights; products stay, and magnitude chooses anew", 300)
+    sheet = Sheet(
+        "Scales move from inputs to weights; products stay, and magnitude chooses anew", 300
+    )
     W, x, s = (3, 1), (1, 10), (1, 10)
     sides = (
         (20, "before", W, x),
@@ -27,9 +38,9 @@ def scales_move() -> str:
             fill = BLUE if j == keep else tint(BLUE, 0.2)
             sheet.rect(left, y, 11 * weights[j], 34, fill, BLUE, 1.5)
             sheet.text(left + 11 * weights[j] + 6, y + 23, f"{weights[j]}", 17, BLUE)
-            sheet.text(left + 146, y + 24, "×", 18, GREY, "middle")
-            sheet.rect(left + 162, y + 6, 8 * inputs[j], 22, tint(ORANGE, 0.8))
-            sheet.text(left + 168 + 8 * inputs[j], y + 23, f"{inputs[j]}", 17, "#9a6a00")
+            sheet.text(left + 158, y + 24, "×", 18, GREY, "middle")
+            sheet.rect(left + 172, y + 6, 8 * inputs[j], 22, tint(ORANGE, 0.8))
+            sheet.text(left + 178 + 8 * inputs[j], y + 23, f"{inputs[j]}", 17, "#9a6a00")
             sheet.text(left, y + 52, "kept" if j == keep else "pruned", 13,
                        BLUE if j == keep else GREY)  # fmt: skip
         put = weights[keep] * inputs[keep]
@@ -110,7 +121,9 @@ def selector() -> str:
         sheet.text(392, y + 6, "×", 18, INK, "middle")
         sheet.rect(374, y - 66 if not i else y + 32, 36, 34, BLUE)
         sheet.text(392, y - 43 if not i else y + 55, f"{value}", 16, "#ffffff", "middle")
-        sheet.path([(392, y - 32), (392, y - 18)] if not i else [(392, y + 32), (392, y + 18)], BLUE)
+        sheet.path(
+            [(392, y - 32), (392, y - 18)] if not i else [(392, y + 32), (392, y + 18)], BLUE
+        )
         sheet.arrow((410, y), (492, 130 + (-10 if not i else 10)), INK)
     sheet.dot(512, 130, 20, "#ffffff", INK)
     sheet.text(512, 137, "+", 20, INK, "middle")
@@ -136,25 +149,30 @@ def grid_and_mask() -> str:
     def at(value: float) -> float:
         return 330 + 330 * value
 
-    for row, (y, name) in enumerate(((70, "grid alone: 8 codes"), (200, "grid and mask: 4 codes"))):
+    for row, (y, name) in enumerate(
+        ((66, "grid alone: eight codes"), (206, "grid and mask: four codes"))
+    ):
         sheet.text(20, y - 36, name, 16, INK, bold=True)
         sheet.path([(at(grid[0]) - 16, y + 46), (at(grid[-1]) + 16, y + 46)], GREY, 1)
         for c, value in enumerate(grid):
             sheet.path([(at(value), y + 36), (at(value), y + 56)], INK if c == zero else GREY,
                        3 if c == zero else 1.5)  # fmt: skip
-            sheet.text(at(value), y + 74, f"{c}", 13, INK if c == zero else GREY, "middle")
+            sheet.text(at(value), y + 72, f"{c}", 13, INK if c == zero else GREY, "middle")
         for i, weight in enumerate(weights):
             masked = row == 1 and i not in kept
-            to = 0.0 if masked else min(grid, key=lambda v, w=weight: abs(v - w))
+            to = 0.0 if masked else grid[round(weight / step) + zero]
             color = LIGHT if masked else BLUE
             sheet.path([(at(weight), y), (at(to), y + 44)], color, 1.5, "3 3" if masked else "")
-            sheet.dot(at(weight), y, 6, "#ffffff" if masked else BLUE, color if masked else "#ffffff")
+            sheet.dot(
+                at(weight), y, 6, "#ffffff" if masked else BLUE, color if masked else "#ffffff"
+            )
             sheet.dot(at(to), y + 46, 4, INK if masked else GREEN)
-    sheet.text(20, 146, "code", 13, GREY)
-    sheet.text(20, 276, "code", 13, GREY)
-    sheet.path([(at(grid[5]), 60), (at(grid[6]), 60)], RED, 0.01)
-    sheet.text(20, 308, f"Δ = {step:.2f} between values; code {zero} is the value 0.", 15)
-    sheet.text(620, 308, "The mask's zeros are free codes.", 15, GREY, "end")
+    sheet.text(
+        20,
+        308,
+        f"Blue: weights. Green: values, Δ = {step:.2f} apart; code {zero} is the value 0.",
+        15,
+    )
     return sheet.svg()
 
 
@@ -189,5 +207,7 @@ def frontier_idea() -> str:
               transform=f"translate(44 {top + 80}) rotate(-90)", text_anchor="middle")  # fmt: skip
     sheet.text(*(place((0.1, 0.78))), "nothing is here", 15, GREEN, "start", bold=True)
     sheet.text(*(place((0.74, 0.14))), "larger and worse", 15, RED, "middle")
-    sheet.text(left, 318, "On the green line, less of one means more of the other: choose by need.", 15)
+    sheet.text(
+        left, 318, "On the green line, less of one means more of the other: choose by need.", 15
+    )
     return sheet.svg()

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from slr.chapters.drawings.pen import (
-    BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PALE, RED, Sheet, tint,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LIGHT,
+    ORANGE,
+    PALE,
+    RED,
+    Sheet,
+    tint,
 )  # fmt: skip
 
-__all__ = ["block_by_block", "drift", "two_budgets", "only_flips_count", "neurons_leave",
-           "one_threshold"]  # fmt: skip
+__all__ = [
+    "block_by_block",
+    "drift",
+    "neurons_leave",
+    "one_threshold",
+    "only_flips_count",
+    "two_budgets",
+]  # fmt: skip
 
 
 def block_by_block() -> str:
@@ -20,7 +35,9 @@ def block_by_block() -> str:
         x = 128 + 64 * i
         done, now = i < 2, i == 2
         sheet.text(x + 25, 46, f"{i + 1}", 13, GREY, "middle")
-        sheet.rect(x, 70, 50, 36, tint(INK, 0.25 if not now else 0.75), GREY if now else "", round_=4)
+        sheet.rect(
+            x, 70, 50, 36, tint(INK, 0.25 if not now else 0.75), GREY if now else "", round_=4
+        )
         if now:
             sheet.rect(x, 160, 50, 36, tint(INK, 0.75), INK, 2, round_=4)
             sheet.arrow((x + 25, 108), (x + 25, 156), INK)
@@ -46,7 +63,12 @@ def block_by_block() -> str:
     sheet.text(574, 236, "killed? Go on", 13, GREY, "middle")
     sheet.text(574, 254, "after the last", 13, GREY, "middle")
     sheet.text(574, 272, "entry.", 13, GREY, "middle")
-    sheet.text(16, 318, "Only one block is in memory, and the text's states, *h*; each block is read once.", 15)
+    sheet.text(
+        16,
+        318,
+        "Only one block is in memory, and the text's states, *h*; each block is read once.",
+        15,
+    )
     return sheet.svg()
 
 
@@ -123,13 +145,17 @@ def two_budgets() -> str:
     fewer = 1 - (0.45 + rank) / 0.55
     sheet.text(left + full * 0.55 + 10, 222, f"{fewer:.1%} fewer numbers", 15, INK, bold=True)
     sheet.text(left + full, 40, "all entries", 13, GREY, "end")
-    sheet.text(16, 264, "Is the shorter bar as good? Only then is the low-rank part worth its numbers.", 15)
+    sheet.text(
+        16, 264, "Is the shorter bar as good? Only then is the low-rank part worth its numbers.", 15
+    )
     return sheet.svg()
 
 
 def only_flips_count() -> str:
     """Chapter 11: forty questions, two models; where both agree nothing is learned."""
-    sheet = Sheet("Forty questions to two models: only where they differ does one learn anything", 270)
+    sheet = Sheet(
+        "Forty questions to two models: only where they differ does one learn anything", 270
+    )
     count, size = 40, 14
     wrong = {3, 7, 8, 14, 19, 21, 26, 30, 33, 34, 38}  # of the dense model
     lost, won = {5, 16, 23, 29}, {8, 33}
@@ -139,21 +165,28 @@ def only_flips_count() -> str:
         for i in range(count):
             right = i not in wrong if not row else (i not in wrong and i not in lost) or i in won
             flips = i in lost | won
-            x = 72 + size * i - (0 if i < count else 0)
+            x = 72 + size * i
             shade = color if flips else tint(color, 0.3)
             sheet.rect(x, y, size - 3, 20, shade if right else "#ffffff", shade, 1.5)
     for i in sorted(lost | won):
-        x = 72 + size * i + (size - 3) / 2
+        middle = 72 + size * i + (size - 3) / 2
         color = RED if i in lost else BLUE
-        sheet.rect(x - 8.5, 56, 17, 70, "none", color, 2, round_=3)
-        sheet.text(x, 146, "−" if i in lost else "+", 17, color, "middle", bold=True)
+        sheet.rect(middle - 8.5, 56, 17, 70, "none", color, 2, round_=3)
+        sheet.text(middle, 146, "−" if i in lost else "+", 17, color, "middle", bold=True)
     sheet.text(72, 42, "filled: right; empty: wrong", 13, GREY)
     net = len(won) - len(lost)
     both = len(won) + len(lost)
-    sheet.text(16, 180, f"{count - both} questions on which both do the same cancel, hard ones and easy.", 15)
+    sheet.text(
+        16,
+        180,
+        f"{count - both} questions on which both do the same cancel, hard ones and easy.",
+        15,
+    )
     words = f"{len(lost)} were lost and {len(won)} won: a difference of {abs(net)} in {count},"
     sheet.text(16, 204, words, 15)
-    sheet.text(16, 224, f"give or take √{both} ≈ {both**0.5:.1f} questions. That is no evidence yet.", 15)
+    sheet.text(
+        16, 224, f"give or take √{both} ≈ {both**0.5:.1f} questions. That is no evidence yet.", 15
+    )
     sheet.text(16, 252, "Compare pair by pair: never two accuracies with two intervals.", 15, GREY)
     return sheet.svg()
 
@@ -178,13 +211,17 @@ def neurons_leave() -> str:
         sheet.text(x + 170, 170, "*S*", 15, BLUE)
     sheet.arrow((206, 160), (226, 160), GREY)
     sheet.arrow((416, 160), (436, 160), GREY)
-    sheet.text(20, 272, "A neuron whose row of *S* has left still speaks: it has its row of *U*.", 15)
+    sheet.text(
+        20, 272, "A neuron whose row of *S* has left still speaks: it has its row of *U*.", 15
+    )
     return sheet.svg()
 
 
 def one_threshold() -> str:
     """Chapter 13: one line through the candidates of all matrices leaves each its own number."""
-    sheet = Sheet("One threshold for the candidates of all matrices, so each keeps its own number", 300)
+    sheet = Sheet(
+        "One threshold for the candidates of all matrices, so each keeps its own number", 300
+    )
     line, base = 0.42, 226
     panels = (
         ("query", 0.95, 1.6), ("value", 0.7, 0.55), ("gate", 0.52, 0.5), ("down", 0.88, 0.75),
