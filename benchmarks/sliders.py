@@ -1,6 +1,6 @@
 """What the sliders of the page *Try it* show, measured once.
 
-    python benchmarks/sliders.py [--limit WINDOWS] [--out results/measured]
+    python benchmarks/sliders.py [--only paths] [--limit WINDOWS] [--out results/measured]
 
 Prints a table of perplexity by sparsity and rank on the embedded model, and one of errors by
 iteration on a matrix of SmolLM2; with ``--out`` also writes ``tiny/sparsity_rank.json`` and
@@ -83,7 +83,13 @@ def paths() -> dict:
             cell = {"rank": rank, "schedule": schedule, "ranks": [s.rank for s in trace]}
             rows.append(cell | {"errors": [s.error for s in trace], "last": found.error})
         rows[-1]["one shot"] = rows[-2]["one shot"] = slr.svd_repair(W, mask, rank).error
-    return {"matrix": LAYER, "shape": list(W.shape), "pattern": "2:4", "rows": rows}
+    return {
+        "matrix": LAYER,
+        "shape": list(W.shape),
+        "norm": W.norm().item(),
+        "pattern": "2:4",
+        "rows": rows,
+    }
 
 
 def keep(result: dict, file: Path) -> None:
@@ -98,20 +104,23 @@ def keep(result: dict, file: Path) -> None:
 def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("paths", "grid"), help="one of the two")
     parser.add_argument("--limit", type=int, default=None, help="windows to evaluate on")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    path = paths()
-    last = pd.DataFrame(path["rows"]).pivot(index="rank", columns="schedule", values="last")
-    print(last.round(4).to_string())
-    if args.out:
-        keep(path, args.out / "smollm2" / "schedules.json")
-    cells = grid(args.limit)
-    table = pd.DataFrame(cells["rows"]).pivot(index="sparsity", columns="rank")["perplexity"]
-    print(f"dense {cells['dense']['perplexity']:.2f}")
-    print(table.round(2).to_string())
-    if args.out:
-        keep(cells, args.out / "tiny" / "sparsity_rank.json")
+    if args.only != "grid":
+        path = paths()
+        last = pd.DataFrame(path["rows"]).pivot(index="rank", columns="schedule", values="last")
+        print((last / path["norm"]).round(4).to_string())
+        if args.out:
+            keep(path, args.out / "smollm2" / "schedules.json")
+    if args.only != "paths":
+        cells = grid(args.limit)
+        table = pd.DataFrame(cells["rows"]).pivot(index="sparsity", columns="rank")["perplexity"]
+        print(f"dense {cells['dense']['perplexity']:.2f}")
+        print(table.round(2).to_string())
+        if args.out:
+            keep(cells, args.out / "tiny" / "sparsity_rank.json")
 
 
 if __name__ == "__main__":
