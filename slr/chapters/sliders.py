@@ -91,12 +91,14 @@ def schedules() -> tuple[dict, pd.DataFrame, str]:
     record = recorded("smollm2/schedules")
     names = {"paper": "the paper's ramp", "accelerated": "accelerated"}
     ranks = sorted({row["rank"] for row in record["rows"]})
-    lines, table = [], {}
+    lines: list[dict[str, Any]] = []
+    table = {}
     for row in record["rows"]:
         errors = [error / record["norm"] for error in row["errors"]]
         shot = row["one shot"] / record["norm"]
         says = [
-            f"{names[row['schedule']]}: error {error:.1%} after {t} (rank {rank}; one SVD {shot:.1%})"
+            f"{names[row['schedule']]}: error {error:.1%} after {t}, at rank {rank} "
+            f"(one SVD: {shot:.1%})"
             for t, (error, rank) in enumerate(zip(errors, row["ranks"], strict=True), 1)
         ]
         ramp = row["schedule"] == "paper"
@@ -171,7 +173,8 @@ def roofline() -> tuple[dict, pd.DataFrame, str]:
     }  # fmt: skip
     shape, ranks = (4096, 4096), (0, 32, 64, 128, 256, 512, 896)
     tokens = [2**i for i in range(14)]
-    lines, table = [], {}
+    lines: list[dict[str, Any]] = []
+    table = {}
     for i, (machine, rates) in enumerate(machines.items()):
         for j, rank in enumerate(ranks):
             gains = [bound(shape, t, None, *rates) / bound(shape, t, rank, *rates) for t in tokens]
@@ -179,14 +182,16 @@ def roofline() -> tuple[dict, pd.DataFrame, str]:
                 {
                     "at": [i, j], "color": COLORS["refined"], "x": tokens, "y": gains,
                     "says": [
-                        f"{machine}: rank {rank}, {t} token{'s' * (t > 1)} at once: at most "
-                        f"{gain:.2f} times as fast as dense" for t, gain in zip(tokens, gains)
+                        f"{machine}, rank {rank}, {t} at once: at most {gain:.2f} times as fast"
+                        for t, gain in zip(tokens, gains, strict=True)
                     ],
                 }
             )  # fmt: skip
             if rank in (0, 128, 896):
                 table[f"{machine}, rank {rank}"] = {
-                    t: f"{gain:.2f}" for t, gain in zip(tokens, gains) if t in (1, 16, 256, 4096)
+                    t: f"{gain:.2f}"
+                    for t, gain in zip(tokens, gains, strict=True)
+                    if t in (1, 16, 256, 4096)
                 }
     data = {
         "controls": [
