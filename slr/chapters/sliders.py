@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -31,12 +32,13 @@ def control(label: str, values: list[str], start: int) -> dict[str, Any]:
     return {"label": label, "values": values, "start": start}
 
 
-def axis(label: str, ticks: list[float], low: float, high: float, log: bool = False) -> dict:
+def axis(
+    label: str, ticks: Sequence[float], low: float, high: float, *, log: bool = False,
+    words: str = "{:g}",
+) -> dict[str, Any]:  # fmt: skip
     """What a coordinate says."""
-    return {
-        "label": label, "ticks": [[t, f"{t:g}"] for t in ticks], "low": low, "high": high,
-        "log": log,
-    }  # fmt: skip
+    told = [[tick, words.format(tick)] for tick in ticks]
+    return {"label": label, "ticks": told, "low": low, "high": high, "log": log}
 
 
 def sparsity_and_rank() -> tuple[dict, pd.DataFrame, str]:
@@ -60,10 +62,9 @@ def sparsity_and_rank() -> tuple[dict, pd.DataFrame, str]:
         lines.append(
             {
                 "at": [i], "color": COLORS["refined"], "x": cells["bits"].tolist(),
-                "y": cells["perplexity"].tolist(), "says": says,
+                "y": (cells["perplexity"] / dense["perplexity"] - 1).tolist(), "says": says,
             }
         )  # fmt: skip
-    top = rows["perplexity"].max()
     data = {
         "controls": [
             control("pruned", [f"{s:.0%}" for s in sparsities], 2),
@@ -71,8 +72,7 @@ def sparsity_and_rank() -> tuple[dict, pd.DataFrame, str]:
         ],
         "x": axis("bits a weight, of 16", [4, 8, 12, 16], 3, rows["bits"].max() + 0.5),
         "y": axis(
-            "perplexity", [t for t in (10, 20, 50, 100, 200, 500) if t < top],
-            0.95 * dense["perplexity"], 1.1 * top, log=True,
+            "perplexity above dense", [0.001, 0.01, 0.1, 1, 10], 1e-4, 12, log=True, words="{:.1%}"
         ),
         "lines": lines,
     }  # fmt: skip
@@ -123,7 +123,7 @@ def schedules() -> tuple[dict, pd.DataFrame, str]:
             control("iterations", [str(t) for t in range(1, steps + 1)], 9),
         ],
         "x": axis("iteration", [1, 10, 20, 30, 40, 50], 0, steps + 1),
-        "y": axis("relative error", ticks, low - 0.01, high + 0.01),
+        "y": axis("relative error", ticks, low - 0.01, high + 0.01, words="{:.0%}"),
         "lines": lines,
     }
     caption = (
