@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -32,12 +32,21 @@ def control(label: str, values: list[str], start: int) -> dict[str, Any]:
     return {"label": label, "values": values, "start": start}
 
 
+def percent(share: float) -> str:
+    """A tick.
+
+    >>> percent(0.001), percent(10)
+    ('0.1%', '1000%')
+    """
+    return f"{100 * share:g}%"
+
+
 def axis(
     label: str, ticks: Sequence[float], low: float, high: float, *, log: bool = False,
-    words: str = "{:g}",
+    words: Callable[[float], str] = "{:g}".format,
 ) -> dict[str, Any]:  # fmt: skip
     """What a coordinate says."""
-    told = [[tick, words.format(tick)] for tick in ticks]
+    told = [[tick, words(tick)] for tick in ticks]
     return {"label": label, "ticks": told, "low": low, "high": high, "log": log}
 
 
@@ -72,7 +81,7 @@ def sparsity_and_rank() -> tuple[dict, pd.DataFrame, str]:
         ],
         "x": axis("bits a weight, of 16", [4, 8, 12, 16], 3, rows["bits"].max() + 0.5),
         "y": axis(
-            "perplexity above dense", [0.001, 0.01, 0.1, 1, 10], 1e-4, 12, log=True, words="{:.1%}"
+            "perplexity above dense", [0.001, 0.01, 0.1, 1, 10], 1e-4, 12, log=True, words=percent
         ),
         "lines": lines,
     }  # fmt: skip
@@ -123,7 +132,7 @@ def schedules() -> tuple[dict, pd.DataFrame, str]:
             control("iterations", [str(t) for t in range(1, steps + 1)], 9),
         ],
         "x": axis("iteration", [1, 10, 20, 30, 40, 50], 0, steps + 1),
-        "y": axis("relative error", ticks, low - 0.01, high + 0.01, words="{:.0%}"),
+        "y": axis("relative error", ticks, low - 0.01, high + 0.01, words=percent),
         "lines": lines,
     }
     caption = (

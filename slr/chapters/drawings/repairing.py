@@ -26,7 +26,7 @@ Point = tuple[float, float]
 def s_plus_ba() -> str:
     """The front page: a dense matrix, a sparse one, and two thin ones."""
     sheet = Sheet(
-        "W is nearly S plus B times A: a dense matrix, a sparse one and two thin ones", 250
+        "W is nearly S plus B times A: a dense matrix, a sparse one and two thin ones", 266
     )
     size, count = 14, 12
     # Two of every four, in an order without pattern.
@@ -42,22 +42,20 @@ def s_plus_ba() -> str:
     dense = [[tint(INK, depth(i, j)) for j in places] for i in places]
     sparse = [[tint(BLUE, depth(i, j)) if (i, j) in kept else "#ffffff" for j in places]
               for i in places]  # fmt: skip
-    sheet.cells(14, 44, size, dense)
-    sheet.text(14 + 6 * size, 32, "*W*", 18, INK, "middle", bold=True)
-    sheet.text(208, 138, "≈", 30, GREY, "middle")
-    sheet.cells(234, 44, size, sparse)
-    sheet.text(234 + 6 * size, 32, "*S*", 18, BLUE, "middle", bold=True)
-    sheet.text(424, 138, "+", 30, GREY, "middle")
-    sheet.cells(446, 44, size, [[RED] for _ in places])
-    sheet.text(453, 32, "*B*", 18, RED, "middle", bold=True)
-    sheet.cells(466, 44, size, [[RED] * count])
-    sheet.text(466 + 6 * size, 32, "*A*", 18, RED, "middle", bold=True)
-    sheet.rect(466, 62, size * count, size * 11 - 4, tint(RED, 0.12), tint(RED, 0.4), 1, "4 4")
-    sheet.text(466 + 6 * size, 136, "every entry", 15, RED, "middle")
-    sheet.text(466 + 6 * size, 155, "from a few", 15, RED, "middle")
-    sheet.text(14, 238, "what the model learned", 15)
-    sheet.text(234, 238, "half of them, moved", 15, BLUE)
-    sheet.text(446, 238, "what entries share", 15, RED)
+    sheet.cells(14, 50, size, dense)
+    sheet.text(14 + 6 * size, 34, "*W*", 28, INK, "middle", bold=True)
+    sheet.text(208, 146, "≈", 34, GREY, "middle")
+    sheet.cells(234, 50, size, sparse)
+    sheet.text(234 + 6 * size, 34, "*S*", 28, BLUE, "middle", bold=True)
+    sheet.text(424, 146, "+", 34, GREY, "middle")
+    sheet.cells(446, 50, size, [[RED] for _ in places])
+    sheet.text(453, 34, "*B*", 28, RED, "middle", bold=True)
+    sheet.cells(466, 50, size, [[RED] * count])
+    sheet.text(466 + 6 * size, 34, "*A*", 28, RED, "middle", bold=True)
+    sheet.rect(466, 68, size * count, size * 11 - 4, tint(RED, 0.12), tint(RED, 0.4), 1, "4 4")
+    # Large letters: the front page shows it whole on a phone.
+    for x, words, color in ((98, "dense", INK), (318, "sparse", BLUE), (543, "low rank", RED)):
+        sheet.text(x, 250, words, 24, color, "middle")
     return sheet.svg()
 
 
