@@ -22,6 +22,13 @@ function watch() {
 }
 
 addEventListener("load", () => {
+  // A picture scrolls by itself, and its caption stays.
+  for (const picture of document.querySelectorAll("article figure > img")) {
+    const box = document.createElement("div");
+    box.className = "picture";
+    picture.replaceWith(box);
+    box.append(picture);
+  }
   watch();
   // Formulas come later, and a solution is wide only once it is open.
   window.MathJax?.startup?.promise?.then(watch);
