@@ -75,7 +75,9 @@ Steps = Annotated[
     int | None,
     Option(help="with cap and losparse: masks to try, or steps of training (200)"),
 ]
-Prune = Annotated[str | None, Option(help=f"{' | '.join(PRUNERS)} (default: wanda)")]
+Prune = Annotated[
+    str | None, Option(help=f"{' | '.join(PRUNERS)} FOLDER, a pruned model (default: wanda)")
+]
 PatternName = Annotated[
     str | None,
     Option(help="2:4 (semi-structured), a fraction to prune, 0.5, or dense (default: 2:4)"),

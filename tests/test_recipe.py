@@ -179,3 +179,25 @@ def test_a_recipe_in_a_file(tmp_path):
             read_config(file)
     with pytest.raises(ValueError, match="cannot be read"):
         read_config(tmp_path / "none.yaml")
+
+
+def test_dense_pattern_is_called_so_and_has_no_mask_to_choose():
+    recipe = slr.Recipe(pattern="dense", values="int4 by 64")
+    assert "pattern='dense'" in repr(recipe)
+    assert "update_mask" not in repr(recipe)
+    assert slr.Recipe(**recipe.as_dict()) == recipe
+    assert slr.Recipe.from_dict(recipe.as_dict() | {"update_mask": "admm"}) == recipe
+    slr.Recipe("magnitude", "dense", values="int4 by 64")  # no data: no schedule either
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": "int4 by 64", "update_mask": "admm", "refine": "activations"}, "no effect"),
+        ({}, "keeps every weight, so that nothing gets smaller; give values"),
+        ({"refine": "none"}, "keeps every weight"),
+    ],
+)
+def test_dense_pattern_refuses_what_does_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        slr.Recipe(pattern="dense", **options)

@@ -23,6 +23,7 @@ from slr.checkpoint.named import default_text
 from slr.checkpoint.place import check_free, target
 from slr.checkpoint.sizes import bytes_after, check_space
 from slr.checkpoint.source import origin
+from slr.matrix.pruners import Like
 from slr.methods.blockwise import plan_layers
 from slr.methods.system import System
 from slr.model import data, distributed, hf
@@ -170,9 +171,19 @@ def _keyed(
         "source": digests,
         "recipe": method.as_dict(),
         "calibration": text,
+        **_given_masks(method),
     }
     memory = {"source": {"stamps": stamps(source), "sha256": digests}}
     return Journal(out, key, resume, memory)
+
+
+def _given_masks(method: Recipe | System) -> dict:
+    """What is read besides: the models whose masks are taken."""
+    if not isinstance(method, Recipe):
+        return {}
+    steps = [each.prune for each in method.variants()]
+    folders = sorted({step.folder for step in steps if isinstance(step, Like)})
+    return {"masks": [fingerprint(Path(folder)) for folder in folders]} if folders else {}
 
 
 def calibration_windows(

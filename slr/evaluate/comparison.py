@@ -17,6 +17,7 @@ from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import perplexity
 from slr.evaluate.reproduction import measure
 from slr.layer.linear import SLRLinear
+from slr.matrix.pruners import Like
 from slr.methods.blockwise import compress_model
 from slr.model.blocks import decoder_blocks
 from slr.model.data import OURS
@@ -52,7 +53,8 @@ def prune_again(dense: PreTrainedModel, compressed: nn.Module, notes: dict, sour
         source: folder of the source, for its tokenizer.
 
     Returns:
-        Whether it could be done: not if the calibration text is not here, or not what it was.
+        Whether it could be done: not if the calibration text is not here, or not what it was, or
+        if the masks were another folder's.
     """
     recipe = Recipe.from_dict(notes["recipe"])
     if recipe.keeps_weights:
@@ -60,6 +62,8 @@ def prune_again(dense: PreTrainedModel, compressed: nn.Module, notes: dict, sour
             if isinstance(layer, SLRLinear):
                 dense.get_parameter(f"{name}.weight").mul_(layer.mask)
         return True
+    if any(isinstance(each.prune, Like) for each in recipe.variants()):
+        return False  # its folder is only a path in a file that may come from anybody
     alone, windows = recipe.pruned_only(), None
     if alone.needs_data:
         told = notes["calibration"]

@@ -117,6 +117,8 @@ class Unstructured:
         return bool(((~rows).sum(1) == self.pruned_in(rows.shape[1])).all())
 
     def __str__(self) -> str:
+        if self == Unstructured(0.0):
+            return DENSE
         # All digits: a pattern is what its name says, to the last entry.
         return f"{self.sparsity!r}" + (BY_MATRIX if self.group == "matrix" else "")
 

@@ -6,19 +6,20 @@ Each is frozen and says in ``needs`` which statistic of the layer's inputs it lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slr.matrix.patterns import Pattern
+from slr.matrix.patterns import NM, Pattern
 from slr.matrix.pruning import Pruned, prune
 from slr.matrix.statistics import GramStatistic, NormStatistic
 
 __all__ = [
-    "PRUNERS", "Known", "Magnitude", "Pruner", "Random", "SparseGPT", "Statistic", "Step", "Task",
-    "Wanda", "named", "options_of", "step_of",
+    "PRUNERS", "Known", "Like", "Magnitude", "Pruner", "Random", "SparseGPT", "Statistic", "Step",
+    "Task", "Wanda", "named", "options_of", "step_of",
 ]  # fmt: skip
 
 Statistic = type[NormStatistic] | type[GramStatistic] | None
@@ -131,7 +132,49 @@ class SparseGPT(Pruner):
     moves: ClassVar[bool] = True
 
 
-PRUNERS: dict[str, type[Pruner]] = {c.name: c for c in (Magnitude, Random, Wanda, SparseGPT)}
+@dataclass(frozen=True)
+class Like(Pruner):
+    """Keep what a model that was pruned before has kept: its weights that are not zero.
+
+    The weights themselves are those of the model that is compressed, the reference of that one.
+
+    Args:
+        folder: of the pruned model.
+        other: its matrix (m, n), read when it is wanted; :func:`slr.model.masks.bound` finds it.
+    """
+
+    name: ClassVar[str] = "like"
+    folder: str
+    other: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def __call__(self, task: Task) -> Pruned:
+        """The other matrix's mask, if it has the pattern, and these weights on it."""
+        if self.other is None:
+            raise ValueError(f"prune={str(self)!r} is for a model, whose layers have names")
+        weight, pattern = task.weight, task.pattern
+        mask = self.other().to(weight.device) != 0
+        if isinstance(pattern, NM):
+            fits = pattern.verify(mask)
+        else:  # rows may differ, as those of SparseGPT do, if the matrix as a whole does not
+            fits = abs(float(mask.float().mean()) - pattern.density) <= SLACK
+        if not fits:
+            raise ValueError(
+                f"its weights in {self.folder} do not have the pattern {pattern}: "
+                f"{float(mask.float().mean()):.1%} of them are not zero; give the pattern that "
+                "they have, by overrides where layers differ"
+            )
+        return Pruned(mask, weight * mask)
+
+    def options(self) -> dict:
+        """None besides its name."""
+        return {}
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.folder}"
+
+
+SLACK = 0.01  # of the fraction kept, in a mask that is given
+PRUNERS: dict[str, type[Pruner]] = {c.name: c for c in (Magnitude, Random, Wanda, SparseGPT, Like)}
 
 
 def named(kind: str, name: object, table: dict) -> type:
@@ -171,7 +214,14 @@ def step_of(kind: str, step: Any, table: dict, options: dict) -> Any:
 
     >>> step_of("prune", "wanda", PRUNERS, {})
     Wanda()
+    >>> step_of("prune", "like my/pruned-model", PRUNERS, {}).folder
+    'my/pruned-model'
     """
+    if isinstance(step, str) and step.split(" ")[0] == Like.name and kind == "prune":
+        folder = step[len(Like.name) :].strip()
+        if not folder:
+            raise ValueError(f"prune {step!r} lacks a folder; give it as 'like FOLDER'")
+        step = Like(folder)
     made = isinstance(step, tuple(table.values()))
     known = set() if made else options_of(named(kind, step, table))
     for key, value in options.items():

@@ -24,6 +24,7 @@ from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport, compress_block
 from slr.model.blocks import blocks_name, check_dense, decoder_blocks, in_mode, walk
 from slr.model.calibrate import BlockInputs, first_inputs
+from slr.model.masks import Masks
 from slr.model.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict
             recipe that fit no layer.
     """
     check_dense(model)
-    prefix, names = blocks_name(model), []
+    prefix, names, masks = blocks_name(model), [], Masks()
     plan: list[dict[str, Recipe]] = []
     for index, block in enumerate(decoder_blocks(model)):
         plan.append({})
@@ -63,7 +64,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, hidden_size: int) -> list[dict
                 raise ValueError(f"rank {mine.rank} is above {min(m, n)}, the most for {where}")
             if n % getattr(pattern, "m", 1):
                 raise ValueError(f"pattern {pattern} does not divide the inputs of {where}")
-            plan[-1][inner] = mine
+            plan[-1][inner] = mine.pruned_by(masks.bound(mine.prune, name, (m, n)))
     if not any(plan):
         raise ValueError(f"of {len(names)} linear layers, the recipe leaves none to compress")
     for given in (*recipe.skip, *recipe.overrides):

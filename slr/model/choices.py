@@ -12,7 +12,7 @@ from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.pruners import Pruner, step_of
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
 
-__all__ = ["STEPS", "check_names", "plain", "regrouped", "repair_of"]
+__all__ = ["STEPS", "check_names", "check_steps", "plain", "regrouped", "repair_of"]
 
 STEPS = ("prune", "pattern", "refine")
 
@@ -27,14 +27,53 @@ def check_names(skip: Any, overrides: Any) -> None:
         raise TypeError(f"overrides is {overrides!r}; it must map names to options")
 
 
-def repair_of(pruner: Pruner, refine: str | Repair | NoRepair | None, options: dict) -> Any:
+def repair_of(
+    pruner: Pruner, pattern: Pattern, refine: str | Repair | NoRepair | None, options: dict
+) -> Any:
     """The repair that is asked for, or the best for what is read anyway."""
     if refine is None and pruner.needs is not None:
-        best = {"update_mask": "admm", "asymmetric": True}
-        refine, options = "activations", {**best, **options}
+        best = {"update_mask": "admm"} if pattern.density < 1 else {}
+        refine, options = "activations", {**best, "asymmetric": True, **options}
     elif refine is None:
-        refine, options = "weights", {"schedule": "accelerated", **options}
+        best = {} if "values" in options else {"schedule": "accelerated"}
+        refine, options = "weights", {**best, **options}
     return step_of("refine", refine, REPAIRS, options)
+
+
+def check_steps(pruner: Pruner, pattern: Pattern, refine: Repair | NoRepair) -> None:
+    """Raise ValueError if a step has nothing to do, or no effect on what another does.
+
+    That is where nothing is kept or all is, or where the repair does not look at what is.
+    """
+    if refine.blind and str(pruner) != "wanda":
+        raise ValueError(
+            f"prune={str(pruner)!r} has no effect with refine={str(refine)!r}, which "
+            "chooses a mask of its own; give 'wanda', the default"
+        )
+    if pattern.density == 1:
+        if getattr(refine, "values", None) is None:
+            raise ValueError(
+                f"pattern {pattern} keeps every weight, so that nothing gets smaller; give values "
+                "too, as 'int4 by 64', or another pattern"
+            )
+        if refine.changes_mask:
+            raise ValueError(
+                f"update_mask has no effect with pattern {pattern}, which keeps every weight; "
+                "leave it out"
+            )
+    if pattern.density:
+        return
+    if not refine.alone:
+        names = " or ".join(repr(name) for name, step in REPAIRS.items() if step.alone)
+        raise ValueError(
+            f"pattern {pattern} keeps nothing, and refine={str(refine)!r} has nothing to work on; "
+            f"give {names}"
+        )
+    if str(pruner) != "magnitude":
+        raise ValueError(
+            f"prune={str(pruner)!r} has no effect with pattern {pattern}, which keeps nothing; "
+            "give 'magnitude'"
+        )
 
 
 def plain(options: Mapping) -> dict:

@@ -17,7 +17,7 @@ from slr.matrix.pruners import PRUNERS, Pruner, named, options_of, step_of
 from slr.matrix.rounding import Grid
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
-from slr.model.choices import STEPS, check_names, plain, regrouped, repair_of
+from slr.model.choices import STEPS, check_names, check_steps, plain, regrouped, repair_of
 
 __all__ = ["PRESETS", "Recipe"]
 
@@ -37,7 +37,8 @@ class Recipe:
 
     Args:
         prune: a pruner, or its name in :data:`slr.matrix.steps.PRUNERS`: ``"magnitude"``,
-            ``"random"``, ``"wanda"``, ``"sparsegpt"``.
+            ``"random"``, ``"wanda"``, ``"sparsegpt"``; or ``"like FOLDER"``: the mask of the same
+            model, pruned before by anybody, which this one is the reference of.
         pattern: a sparsity pattern, or its name: ``"2:4"`` (semi-structured), the fraction to
             prune, ``"0.5"`` (unstructured), or ``"dense"``.  ``"1.0"`` keeps nothing, W ≈ B A: with
             ``prune="magnitude"`` and ``refine="svd"`` or ``"eora"``.
@@ -151,10 +152,9 @@ class Recipe:
             *(None if grid is None else str(grid) for grid in (values, factors)),
         )  # fmt: skip
         options = {k: v for k, v in zip(OPTIONS, given, strict=True) if v is not None}
+        pruner, pattern = step_of("prune", prune, PRUNERS, {}), parse(pattern, group)
         self._set(
-            prune=(pruner := step_of("prune", prune, PRUNERS, {})),
-            pattern=parse(pattern, group),
-            refine=repair_of(pruner, refine, options),
+            prune=pruner, pattern=pattern, refine=repair_of(pruner, pattern, refine, options),
             prepare=prepare, tune=tune, seed=seed, skip=tuple(skip),
             overrides={name: plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
@@ -199,13 +199,15 @@ class Recipe:
         """
         known = {f"{k}": options.pop(k) for k in STEPS if k in options}
         pruner = step_of("prune", known.get("prune", "wanda"), PRUNERS, {})
-        refine = type(repair_of(pruner, known.get("refine"), {}))
-        fit = options_of(refine)
+        pattern = parse(known.get("pattern", "2:4"))
+        fit = options_of(type(repair_of(pruner, pattern, known.get("refine"), {})))
+        if pattern.density == 1:
+            fit -= {"update_mask"}
         if options.get("schedule", "paper") == "paper":
             fit -= {"tolerance"} if "schedule" in fit else set()
         options = {k: v for k, v in options.items() if v is not None}
         options = {k: v for k, v in options.items() if k in fit or k not in OPTIONS}
-        if not isinstance(parse(known.get("pattern", "2:4")), Unstructured):
+        if not isinstance(pattern, Unstructured):
             options.pop("group", None)
         data = {k: options.pop(k) for k in ("samples", "seqlen") if k in options}
         found = cls(**known, **options)
@@ -235,33 +237,17 @@ class Recipe:
                 mine = mine._override(pattern, options)
         return mine._with(skip=(), overrides={}).resolved(hidden_size)
 
+    def pruned_by(self, pruner: Pruner) -> Recipe:
+        """The same with another pruner, which is not checked."""
+        return self._with(prune=pruner)
+
     def variants(self) -> list[Recipe]:
         """The recipe, and what each override makes of it."""
         return [self, *(self._override(n, options) for n, options in self.overrides.items())]
 
     def _checked(self) -> Recipe:
-        """Itself; raise ValueError if a step has nothing to do, or no effect on what another does.
-
-        That is where nothing is kept, or where the repair does not look at what is.
-        """
-        if self.refine.blind and str(self.prune) != "wanda":
-            raise ValueError(
-                f"prune={str(self.prune)!r} has no effect with refine={str(self.refine)!r}, which "
-                "chooses a mask of its own; give 'wanda', the default"
-            )
-        if self.pattern.density:
-            return self
-        if not self.refine.alone:
-            names = " or ".join(repr(name) for name, step in REPAIRS.items() if step.alone)
-            raise ValueError(
-                f"pattern {self.pattern} keeps nothing, and refine={str(self.refine)!r} has "
-                f"nothing to work on; give {names}"
-            )
-        if str(self.prune) != "magnitude":
-            raise ValueError(
-                f"prune={str(self.prune)!r} has no effect with pattern {self.pattern}, which keeps "
-                "nothing; give 'magnitude'"
-            )
+        """Itself, if its steps go together; see :func:`slr.model.choices.check_steps`."""
+        check_steps(self.prune, self.pattern, self.refine)
         return self
 
     def pruned_only(self) -> Recipe:
