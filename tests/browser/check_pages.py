@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent.parent
 BOOK = ROOT / "_build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = (1280, 390)
-TOLD = ("[PST]", "[togglebutton]", "Got invalid theme mode")  # the theme tells the console what it does
+# The theme tells the console what it does.
+TOLD = ("[PST]", "[togglebutton]", "Got invalid theme mode")
 
 LOOK = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS, found = {};
