@@ -150,7 +150,7 @@ def grid_and_mask() -> str:
         return 330 + 330 * value
 
     for row, (y, name) in enumerate(
-        ((66, "grid alone: eight codes"), (206, "grid and mask: four codes"))
+        ((66, "grid alone: eight codes are stored"), (206, "grid and mask: four are stored"))
     ):
         sheet.text(20, y - 36, name, 16, INK, bold=True)
         sheet.path([(at(grid[0]) - 16, y + 46), (at(grid[-1]) + 16, y + 46)], GREY, 1)
