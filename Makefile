@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 # The longest first, so that two workers finish together.
 LONG := $(foreach n,03 11 08 09 05 14 12,$(wildcard notebooks/$(n)_*.ipynb))
-CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb)))
+CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb guide/*.ipynb)))
 
 # Of slr, besides torch: what `make gpu` takes from wheels/ where the Python at hand lacks it.
 NEEDED := accelerate filelock numpy psutil pyyaml safetensors tqdm transformers typer
@@ -88,7 +88,7 @@ format: .venv/.ready  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 notebooks: .venv/.ready  ## run every chapter and store its outputs in the notebook
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb guide/*.ipynb
 
 student: .venv/.ready  ## the chapters without solutions, with cells to fill, into _build/course
 	$(BIN)/python -m course.editions student
@@ -110,7 +110,7 @@ serve:  ## open the built book on localhost (PORT=8000)
 
 clean:  ## remove everything that was built (keeps .venv)
 	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
-	find slr course tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find slr course tests notebooks guide book -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One place names the repository: [project.urls] in pyproject.toml.
 repo:  ## set the repository's address everywhere: make repo URL=https://github.com/you/slr

@@ -123,9 +123,9 @@ def refine(
             errors agree to about 1e-5 of themselves.
         update_mask: with ``Gram`` only: a pattern, in which the mask is chosen anew; `mask` is
             then where to start.
-        search: how: in the first half of the iterations by the ``"score"`` |W - B A| √diag(H), or
-            by ``"admm"`` (:mod:`slr.matrix.admm`) in the first eight ninths, which then are not in
-            the trace.
+        search: how: in the first half of the iterations by the ``"score"``, ``|W - B A| √diag(H)``,
+            or by ``"admm"`` (:mod:`slr.matrix.admm`) in the first eight ninths, which then are not
+            in the trace.
         grid: of the values of S, as ``"int4 by 64"``: see :mod:`slr.matrix.alternation`, which
             takes a dozen rounds at most.  With `update_mask` the mask is chosen first, as if there
             were none.
