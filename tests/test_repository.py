@@ -67,7 +67,8 @@ def test_one_repository_address(project):
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     assert config["repository"]["url"] == address
     name = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)[1]
-    for path in [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/*.md"), ROOT / "README.md"]:
+    pages = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("guide/*.ipynb"), *ROOT.glob("book/*.md")]
+    for path in [*pages, ROOT / "README.md"]:
         found = set(re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", path.read_text()))
         assert found <= {name}, path.name
 
@@ -79,7 +80,7 @@ def test_make_repo_sets_the_address_everywhere(tmp_path, project):
 
     old = project["urls"]["Repository"].removeprefix("https://github.com/")
     names = ["pyproject.toml", "_config.yml", "README.md", "Makefile", "book/how-to-use.md"]
-    names += [f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")]
+    names += [str(p.relative_to(ROOT)) for p in ROOT.glob("[gn]*/*.ipynb")]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
