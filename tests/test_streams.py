@@ -73,6 +73,24 @@ def test_the_stages_of_every_family(kind, tmp_path):
     assert [len(stage.before) for stage in found] == [0, 0, straight, straight]
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_block_is_given_what_its_model_gives_it_and_no_cache(small, name, monkeypatch):
+    """Under the name that this version of transformers has for it, and no other."""
+    model = slr.load(small, dtype=torch.float32)
+
+    def forward(input_ids, use_cache):
+        states = model.model.embed_tokens(input_ids)
+        for block in model.model.layers:
+            states = block(states, **{name: "a cache"}, use_cache=use_cache)
+
+    monkeypatch.setattr(model, "forward", forward)
+    inputs = first_inputs(model, torch.randint(4096, (2, 16)))
+    assert {size: given[0] for size, given in inputs.arguments.items()} == {
+        1: {name: None, "use_cache": False},
+        2: {name: None, "use_cache": False},
+    }
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_what_is_lacking_is_what_the_dense_model_puts_out(small, rows):
     """Against the sums written out, with the block's own parts called by hand."""

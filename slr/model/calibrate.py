@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockInputs", "Reached", "decoder_blocks", "first_inputs", "observe", "rows_at_once"]
 
+CACHE = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
 IN_MEMORY = 1 << 30  # bytes of block inputs above which they are kept on disk
 ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes that a block may need beside its inputs
 
@@ -157,7 +158,8 @@ def first_inputs(
                 hidden[done : done + size] = states
                 arguments.setdefault(size, [])
             if len(arguments[size]) == i:
-                arguments[size].append({**kwargs, "past_key_values": None, "use_cache": False})
+                none = {name: None for name in CACHE if name in kwargs}
+                arguments[size].append({**kwargs, **none, "use_cache": False})
             if i + 1 == len(blocks):
                 raise Reached
             return states
