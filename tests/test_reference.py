@@ -27,12 +27,14 @@ CODE = {
     "slr.Gram(H)": f"{PYTHON}#slr.Gram",
     "SLRLinear.from_refined": f"{PYTHON}#slr.SLRLinear.from_refined",
     "slr.patterns.NM": f"{PYTHON}#slr.NM",  # by another of its names
+    "slr.matrix.pruning.prune": f"{PYTHON}#slr.prune",
     "slr.data.windows": f"{PYTHON}#slr.model.data.windows",
     "slr.data": f"{PYTHON}#module-slr.model.data",
     'slr.compress("tiny", slr.Recipe(), out="small")': f"{PYTHON}#slr.compress",
     "slr compress MODEL --out DIR": f"{CLI}#command-slr-compress",
     "slr bench": f"{CLI}#command-slr-bench",
     "--pattern dense": f"{CLI}#cmdoption-slr-compress-pattern",
+    "--seqlen 512": f"{CLI}#cmdoption-slr-compress-seqlen",  # also of slr eval
     "--to gguf": f"{CLI}#cmdoption-slr-export-to",
     "--enable-lora": None,
     "--rows": None,  # of two commands
