@@ -9,7 +9,7 @@ Book: chapter 17.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,8 +54,9 @@ def written(model: PreTrainedModel, windows: Tensor, count: int, *, seed: int = 
     with torch.random.fork_rng(_devices(model)):
         torch.manual_seed(seed)
         for ids in torch.stack(starts).to(model.device).split(TOGETHER):
+            generate: Any = model.generate  # which nn.Module's types do not know
             made.append(
-                model.generate(
+                generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
                     top_k=0, top_p=1.0, repetition_penalty=1.0, num_beams=1, use_cache=True,
                     min_new_tokens=seqlen - begin, max_new_tokens=seqlen - begin,
