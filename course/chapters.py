@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from course.plain import plain
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build" / "course"
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -36,6 +38,15 @@ class Exercise:
 def read(file: Path) -> NotebookNode:
     """A notebook in the format of today."""
     return nbformat.read(file, as_version=4)
+
+
+def chapter(file: Path) -> NotebookNode:
+    """A chapter as it reads outside of the book: statements, citations and links in plain words."""
+    notebook = read(file)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
+    return notebook
 
 
 def write(notebook: NotebookNode, file: Path) -> Path:

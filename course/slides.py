@@ -91,7 +91,7 @@ def main(numbers: list[str]) -> list[Path]:
         if numbers and file.stem[:2] not in numbers:
             continue
         written.append(folder / f"{file.stem}.html")
-        written[-1].write_text(deck(chapters.read(file)), encoding="utf-8")
+        written[-1].write_text(deck(chapters.chapter(file)), encoding="utf-8")
     print(f"{len(written)} decks in {folder}")
     return written
 
