@@ -1,7 +1,7 @@
 """What holds the book together, counted by chapter: ``python book/counts.py``.
 
 Links within the book, citations, numbered statements and equations, exercises by kind; cells whose
-input is folded, those of solutions, all others and the median of lines in those that are open.
+input is folded, solutions, all cells but these and exercises, and the median of lines in the open.
 With a folder it counts the book that is there: ``python book/counts.py ../older``.
 """
 
@@ -41,11 +41,11 @@ def of_code(cells: list) -> dict[str, float]:
     """Counts in code: folded cells without solutions, all cells, lines of the open ones."""
     cells = [(set(c.metadata.get("tags", [])), c.source) for c in cells if c.cell_type == "code"]
     cells = [(tags, source) for tags, source in cells if "remove-cell" not in tags]
-    taught = [(tags, source) for tags, source in cells if "solution" not in tags]
+    taught = [(tags, source) for tags, source in cells if not tags & {"solution", "exercise"}]
     open_ = [source for tags, source in taught if not tags & HIDDEN]
     return {
         "folded": len(taught) - len(open_),
-        "solutions": len(cells) - len(taught),
+        "solutions": sum("solution" in tags for tags, _ in cells),
         "cells": len(taught),
         "lines": statistics.median(len(source.splitlines()) for source in open_),
     }
