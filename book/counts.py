@@ -1,7 +1,8 @@
 """What holds the book together, counted by chapter: ``python book/counts.py``.
 
 Links within the book, citations, numbered statements and equations, exercises by kind; cells whose
-input is folded, solutions, all cells but these and exercises, and the median of lines in the open.
+input is folded, solutions, all cells but these and exercises, and the median of lines in the open;
+and the minutes that reading takes, without the exercises, which each chapter states at its head.
 With a folder it counts the book that is there: ``python book/counts.py ../older``.
 """
 
@@ -20,6 +21,12 @@ CITED = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
 STATEMENT = re.compile(r"^:::+\{prf:(?!proof)\w+\}", re.M)
 EQUATION = re.compile(r"\$\$ \([\w-]+\)$", re.M)
 EXERCISE = re.compile(r"^### Exercise \d+\.\d+ · (\w+) ·", re.M)
+NOT_READ = re.compile(
+    r"^\|[ :|-]+\|$|<[^>]+>|^:::.*$|^:label:.*$|\]\([^)]*\)|\{[\w:]+\}`[^`]*`", re.M
+)
+# Seconds that a reader takes: of a word, a formula in a line, one on its own, a line of open code,
+# and a figure or table.
+WORD, INLINE, DISPLAY, LINE, OUTPUT = 60 / 180, 2, 20, 2.5, 25
 HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 
@@ -51,6 +58,29 @@ def of_code(cells: list) -> dict[str, float]:
     }
 
 
+def minutes(cells: list) -> float:
+    """To read a chapter up to its exercises, by its words, formulas, code and figures."""
+    seconds = 0.0
+    for cell in cells:
+        tags = set(cell.metadata.get("tags", []))
+        if cell.cell_type == "code":
+            shown = [
+                o for o in cell.outputs if {"text/html", "image/svg+xml"} & set(o.get("data", {}))
+            ]
+            seconds += OUTPUT * len(shown)
+            seconds += 0 if tags & HIDDEN else LINE * len(cell.source.splitlines())
+            continue
+        text, end, _ = cell.source.partition("## Exercises")
+        displays = re.findall(r"\$\$.*?\$\$", text, re.S)
+        text = re.sub(r"\$\$.*?\$\$", " ", text, flags=re.S)
+        inline = re.findall(r"\$[^$\n]+\$", text)
+        words = NOT_READ.sub(" ", re.sub(r"\$[^$\n]+\$", " ", text)).split()
+        seconds += WORD * len(words) + INLINE * len(inline) + DISPLAY * len(displays)
+        if end:
+            break
+    return seconds / 60
+
+
 def counts(root: Path) -> dict[str, dict[str, float]]:
     """Of each chapter, of the other pages, and of the whole book."""
     rows, everything = {}, []
@@ -58,7 +88,8 @@ def counts(root: Path) -> dict[str, dict[str, float]]:
         cells = nbformat.read(file, as_version=4).cells
         everything += cells
         text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
-        rows[str(int(file.stem[:2]))] = of_text(text) | of_code(cells)
+        row = of_text(text) | of_code(cells) | {"minutes": round(minutes(cells))}
+        rows[str(int(file.stem[:2]))] = row
     pages = [file.read_text(encoding="utf-8") for file in sorted(root.glob("book/*.md"))]
     rows["pages"] = of_text("\n\n".join(pages))
     total = {name: sum(row.get(name, 0) for row in rows.values()) for name in rows["1"]}

@@ -97,9 +97,16 @@ def overview() -> str:
     for file in CHAPTERS:
         notebook = read(file)
         found = list(exercises(notebook))
-        kinds = [e.kind for e in found]
-        counts = [str(kinds.count(kind) or "") for kind in ("check", "derive", "extend", "open")]
+        page = f"../notebooks/{file.name}"
+        of_kind = [
+            " ".join(
+                f"[{e.number}]({page}#ex-{e.number.replace('.', '-')})"
+                for e in found
+                if e.kind == kind
+            )
+            for kind in ("check", "derive", "extend", "open")
+        ]
         link = f"[{title(notebook)}](../notebooks/{file.stem})"
-        cells = [link, *counts, str(sum(e.minutes for e in found))]
+        cells = [link, *of_kind, str(sum(e.minutes for e in found))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

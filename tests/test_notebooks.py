@@ -97,6 +97,29 @@ def test_cells_are_short_and_figures_described(chapter):
             assert notes.get("figure", {}).get("caption"), f"no caption: {source[:60]!r}"
 
 
+def test_plots_and_plumbing_are_folded_and_naive_code_is_open(chapter):
+    for cell in chapter["cells"]:
+        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
+        if cell["cell_type"] != "code" or {"exercise", "solution", "remove-cell"} & set(tags):
+            continue
+        figure = cell["metadata"].get("mystnb", {}).get("figure")
+        if figure:
+            assert "hide-input" in tags, f"a plot is open: {source[:60]!r}"
+        elif re.search(r"def naive_|torch\.equal|allclose", source):
+            assert "hide-input" not in tags, f"what is taught is folded: {source[:60]!r}"
+
+
+def test_tables_are_for_readers(chapter):
+    """Neither NaN nor the numbers of rows."""
+    for cell in chapter["cells"]:
+        for output in cell.get("outputs", []):
+            page = "".join(output.get("data", {}).get("text/html", ""))
+            start = "".join(cell["source"])[:60]
+            assert "<td>NaN</td>" not in page, f"NaN in the table of {start!r}"
+            names = re.findall(r"<tr>\s*<th>([^<]*)</th>\s*<td>", page.partition("<tbody>")[2])
+            assert names[:3] != ["0", "1", "2"], f"row numbers in the table of {start!r}"
+
+
 def test_light_and_offline():
     for path in CHAPTERS:
         assert path.stat().st_size <= 500_000, path.name
