@@ -51,7 +51,10 @@ class Names(SphinxTransform):
         for name, explicit in self.document.nametypes.items():
             if explicit and self.document.nameids[name]:
                 slugs[name] = (0, self.document.nameids[name], name)
-        for node in self.document.findall(nodes.Element):
+        for place, node in enumerate(self.document.findall(nodes.Element)):
+            if node.get("ids") in (["proof"], ["proof-content"]):
+                node["classes"].append(node["ids"][0])
+                node["ids"][0] += f"-{place}"  # an id has to be the only one of its name
             for name in node.get("ids", []):
                 if name.startswith(("prop-", "def-", "alg-", "ex-", "term-")):
                     slugs[name] = (0, name, name)

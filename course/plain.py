@@ -18,6 +18,7 @@ ENTRY = re.compile(r"^@\w+\{(\w+),(.*?)^\}", re.M | re.S)
 FIELD = re.compile(r"^\s*(\w+)\s*=\s*\{(.*?)\},?$", re.M)
 # To another page of the book, or to a place in one; links to chapters and to the web stay.
 BOUND = re.compile(r"\[([^\]\n]+)\]\((?!https?:|\d\d_\w+\.ipynb\))[^)\s]*\)")
+END = "<!-- end -->"  # of what is stated in several paragraphs
 LETTERS = {r"{\'e}": "é", r"{\`e}": "è", r"{\c c}": "ç", r"{\"o}": "ö", r"{\"u}": "ü"}
 
 
@@ -46,7 +47,8 @@ def statement(found: re.Match) -> str:
     label = re.search(r":label: \w+-(\d+)-(\d+)", options)
     number = f" {label[1]}.{label[2]}" if label and ":nonumber:" not in options else ""
     called = f" ({title})" if title else ""
-    return f"**{kind.title()}{number}{called}.** {body}"
+    end = f"\n\n{END}" if kind != "proposition" and "\n\n" in body else ""  # a proof ends the other
+    return f"**{kind.title()}{number}{called}.** {body}{end}"
 
 
 def citation(found: re.Match) -> str:

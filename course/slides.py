@@ -46,7 +46,7 @@ def page(slide: outline.Slide, markdown: MarkdownIt) -> str:
     """One slide as HTML."""
     parts = []
     for kind, text in slide.body:
-        if text.startswith("**Proposition"):
+        if re.match(r"\*\*(Proposition|Definition|Algorithm) \d", text):
             parts.append('<div class="claim">')
         if kind == "md":
             text = markdown.render(without_dead_links(text))

@@ -114,6 +114,9 @@ def test_deck_shows_figures_takeaways_and_summary(chapter):
         c.source.count("**Proposition") for c in chapter.cells
     )
     assert "*Proof" not in shown
+    stated = [b for s in made for k, b in s.body if k == "md" and outline.STATED.match(b)]
+    assert len(stated) == sum(len(outline.STATED.findall(c.source)) for c in chapter.cells)
+    assert "<!--" not in said
 
 
 def test_hand_outs_need_no_book(chapter):
