@@ -229,7 +229,7 @@ def test_quiz_has_five_questions_a_chapter_with_folded_answers():
             r"^\*\*(\d+\.\d)\*\* .+\n\n:::{dropdown} Answer\n.+\n:::$", section, re.M
         )
         assert asked == [f"{number}.{i}" for i in range(1, 6)]
-        linked = [c for c in notebook.cells if f"](quiz-{number})" in c.source]
+        linked = [c for c in notebook.cells if f"](../book/quiz.md#quiz-{number})" in c.source]
         assert len(linked) == 1, file.name
 
 
