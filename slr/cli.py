@@ -235,6 +235,9 @@ def tune_(
     out: opt.Out,
     passes: Annotated[int, typer.Option(help="over the calibration text")] = 4,
     rate: Annotated[float | None, typer.Option(help="of Adam (default: 0.0003)")] = None,
+    more: Annotated[
+        int, typer.Option(help="windows that the dense model writes, to learn from besides")
+    ] = 0,
     calibration: opt.Calibration = None,
     source: opt.Source = None,
     device: opt.Device = "auto",
@@ -243,7 +246,7 @@ def tune_(
     where = opt.device_of(device)
     say(f"{model} -> {out}: {passes} passes, on {where}")
     trace = slr.tune(
-        model, out, passes=passes, calibration=calibration, source=source, device=where,
+        model, out, passes=passes, more=more, calibration=calibration, source=source, device=where,
         progress=True, **opt.given(rate=rate),
     )  # fmt: skip
     if distributed.rank() == 0:

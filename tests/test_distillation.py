@@ -10,6 +10,7 @@ from slr.cli import app
 from slr.layer.linear import SLRLinear
 from slr.layer.rounded import RoundedLinear
 from slr.model.distillation import distil
+from slr.model.writing import written
 
 WINDOWS = torch.randint(0, 60, (9, 24), generator=torch.Generator().manual_seed(3))
 
@@ -122,3 +123,30 @@ def test_what_is_refused(small, folders, tmp_path):
             slr.tune(folder, out, **{"calibration": WINDOWS, **options})
         assert not out.exists()
         assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_dense_model_writes_more_text_to_learn_from():
+    """What it writes is the same for the same seed, begins as asked, and helps unseen text."""
+    text, tokenizer = slr.data.corpus("calibration"), slr.load_tokenizer("tiny")
+    windows = slr.data.windows(text, tokenizer, 96, 4)
+    teacher = slr.load("tiny", dtype=torch.float32)
+    before = torch.random.get_rng_state()
+    made = written(teacher, windows[:3], 5, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert made.shape == (5, 96)
+    assert torch.equal(made[:3, :32], windows[:3, :32])
+    assert torch.equal(made[3:, :32], windows[:2, 32:64])  # asked for again: from further on
+    assert torch.equal(made, written(teacher, windows[:3], 5, seed=1))
+    assert not torch.equal(made, written(teacher, windows[:3], 5, seed=2))
+    # Drawn from its own distribution: it finds them about as likely as it thinks they should be.
+    with torch.no_grad():
+        logits = teacher(made).logits[:, 31:-1].log_softmax(-1)
+    said = logits.gather(-1, made[:, 32:, None])[..., 0]
+    entropy = -(logits.exp() * logits).sum(-1)
+    assert float(-said.mean()) == pytest.approx(float(entropy.mean()), rel=0.15)
+    traces = []
+    for more in (0, 12):
+        student = slr.load("tiny", dtype=torch.float32)
+        slr.compress(student, RECIPES["sparse"])
+        traces.append(distil(student, teacher, windows, 2, more=more))
+    assert min(traces[1]) < min(traces[0])

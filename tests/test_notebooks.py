@@ -104,7 +104,7 @@ def test_plots_and_plumbing_are_folded_and_naive_code_is_open(chapter):
             continue
         figure = cell["metadata"].get("mystnb", {}).get("figure")
         if figure:
-            assert "hide-input" in tags, f"a plot is open: {source[:60]!r}"
+            assert {"hide-input", "remove-input"} & set(tags), f"a plot is open: {source[:60]!r}"
         elif re.search(r"def naive_|torch\.equal|allclose", source):
             assert "hide-input" not in tags, f"what is taught is folded: {source[:60]!r}"
 

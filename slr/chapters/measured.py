@@ -18,15 +18,60 @@ from torch import Tensor
 
 from slr.chapters.records import folder
 from slr.evaluate.agree import bootstrap
+from slr.evaluate.league import places
 from slr.evaluate.reproduction import grid
 from slr.evaluate.tables import Cell, Spec
 from slr.matrix.accounting import matrix_account
 from slr.matrix.rounding import Grid
 
-__all__ = ["frontier", "losses", "order", "perplexities", "ratio"]
+__all__ = ["front_page", "frontier", "losses", "order", "perplexities", "ratio"]
 
 # Width, inner width and width of keys of the models that are measured, and their rank.
 WIDTHS = {"smollm2": (576, 1536, 192, 18), "tiny": (256, 704, 256, 8)}
+
+# Rows of the league as the front page calls them, in its order.
+SHOWN = {
+    "dense": "dense, bfloat16",
+    "plain int8": "int8, rounded",
+    "plain int4 by 32": "int4, rounded",
+    "GPTQ int4": "int4, GPTQ",
+    "ours int4": "int4 and low rank",
+    "plain int3 by 32": "int3, rounded",
+    "ours int3": "int3 and low rank",
+    "Wanda 2:4": "2:4, Wanda",
+    "SparseGPT 2:4": "2:4, SparseGPT",
+    "paper Wanda 2:4": "2:4, Wanda, Algorithm 1",
+    "ours 2:4": "2:4 and low rank, outputs in view",
+    "ours 2:4 tuned": "the same, tuned",
+}
+
+
+def front_page(text: str = "wikitext-2-test.txt") -> pd.DataFrame:
+    """The league in short: what is stored and multiplied of each model, and what it is worth.
+
+    Args:
+        text: name of the second text that perplexities are shown of.
+
+    >>> front_page().loc["dense, bfloat16", "bits"]
+    '16.0'
+    """
+    found = {
+        place.name: place
+        for place in places(Spec.read("league"), folder("measured/league"), text)
+        if place.other is not None
+    }
+    rows = {
+        shown: {
+            "MB": f"{found[name].bytes / 1e6:.0f}",
+            "bits": f"{found[name].bits:.1f}",
+            "products": f"{found[name].multiplications:.0%}",
+            "perplexity": f"{found[name].other:.1f}",
+            "": "*" if found[name].frontier else "",
+        }
+        for name, shown in SHOWN.items()
+        if name in found
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def perplexities(

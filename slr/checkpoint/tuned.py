@@ -41,6 +41,7 @@ def tune(
     *,
     passes: int = 4,
     rate: float = RATE,
+    more: int = 0,
     calibration: str | Path | Tensor | None = None,
     source: str | Path | None = None,
     device: str | None = None,
@@ -53,6 +54,7 @@ def tune(
         out: folder to make.
         passes: over the text.
         rate: of Adam.
+        more: windows that the dense model writes, to learn from besides.
         calibration: a text, as for :func:`slr.compress`; the one that the folder was calibrated on
             when ``None``, as many windows.
         source: where the dense model is now; the recorded place when ``None``.
@@ -64,8 +66,8 @@ def tune(
         written is the best of them.
 
     Raises:
-        ValueError: no compressed folder, no source, no text, or passes or a rate that mean nothing;
-            nothing is written.
+        ValueError: no compressed folder, no source, no text, or passes, a rate or windows that mean
+            nothing; nothing is written.
 
     Cost: as :func:`slr.model.distillation.distil`; memory for both models.  A run that is killed
         leaves nothing, and begins again.
@@ -82,6 +84,8 @@ def tune(
         raise ValueError(f"passes is {passes!r}; it must be an integer of 1 or more")
     if not 0 < rate < 1:
         raise ValueError(f"rate is {rate}; it must be above 0 and below 1")
+    if isinstance(more, bool) or not isinstance(more, int) or more < 0:
+        raise ValueError(f"more is {more!r}; it must be an integer of 0 or more")
     check_free(target(out))
     dense, why = source_of(folder, notes, source)
     if dense is None:
@@ -96,13 +100,17 @@ def tune(
     assert windows is not None
     where, size = device or "cpu", sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     check_space(size, out)
-    key = {"tuned": fingerprint(folder), "text": read, "passes": passes, "rate": rate}
+    how = {"text": read, "passes": passes, "rate": rate, "more": more}
+    key = {"tuned": fingerprint(folder), **how}
     teacher = nn.Module.to(load(dense), where)
     student = nn.Module.to(load(folder), where)
     with distributed.first(Journal(out, key)) as journal:
-        trace = distil(student, teacher, windows, passes, rate=rate, progress=progress)
-        told_of = {"text": read, "passes": passes, "rate": rate, "divergence": trace}
-        notes = {**notes, "tuned": told_of, "measured": _measured(notes, student, dense, asked)}
+        trace = distil(student, teacher, windows, passes, rate=rate, more=more, progress=progress)
+        notes = {
+            **notes,
+            "tuned": {**how, "divergence": trace},
+            "measured": _measured(notes, student, dense, asked),
+        }
         notes["layers"] = describe(student, notes["layers"])
         if distributed.rank() == 0:
             _write(journal, student, folder, dense, notes)

@@ -3,8 +3,9 @@
 Blocks were compressed, and perhaps tuned, one after another, each for its own outputs.  Here the
 factors and norms of all blocks learn together, by Adam, to give every token the dense model's
 distribution over the next; S stays as it is.  (Kept weights are so many that they learn a short
-text by heart: with them the divergence on it falls faster, and on other text less.)  Some windows
-are held out, and what serves them best is kept.
+text by heart: with them the divergence on it falls faster, and on other text less.)  The dense
+model may write more text (:mod:`slr.model.writing`).  Some windows are held out, and what serves
+them best is kept.
 
 Book: chapter 17.
 """
@@ -24,6 +25,7 @@ from slr.model.arithmetic import compute_dtype, computing
 from slr.model.blocks import decoder_blocks, in_mode
 from slr.model.data import check_windows
 from slr.model.tuning import HELD, descending, trainable
+from slr.model.writing import written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ def distil(
     passes: int,
     *,
     rate: float = RATE,
+    more: int = 0,
     progress: bool = False,
 ) -> list[float]:
     """Tune a compressed model in place, to the predictions of the dense one.
@@ -51,6 +54,8 @@ def distil(
             ``torchrun`` each process takes its share.
         passes: over the others, one window a step.
         rate: of Adam; it falls to a tenth by a cosine.
+        more: windows that the teacher writes, to learn from besides; see
+            :mod:`slr.model.writing`.
         progress: show a bar on standard error.
 
     Returns:
@@ -75,7 +80,8 @@ def distil(
     narrow = compute_dtype(model.dtype, model.device)
     with _ready(model, teacher, narrow), trainable(decoder_blocks(model), False) as parameters:
         optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95))
-        steps = passes * (count - held)
+        text = _with_more(mine[: count - held], teacher, more)
+        steps = passes * len(text)
         rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: descending(step, steps))
         trace = [_mean(model, teacher, mine[count - held : count], narrow)]
         best = [p.detach().clone() for p in parameters]
@@ -83,10 +89,10 @@ def distil(
         hide = not progress or distributed.rank() > 0
         with tqdm(total=steps, desc="tune", unit="window", disable=hide) as bar:
             for _ in range(passes):
-                for window in torch.randperm(count - held, generator=generator).tolist():
+                for window in torch.randperm(len(text), generator=generator).tolist():
                     optimiser.zero_grad()
                     with torch.enable_grad():
-                        _divergence(model, teacher, mine[window], narrow).backward()
+                        _divergence(model, teacher, text[window], narrow).backward()
                     distributed.average([p.grad for p in parameters if p.grad is not None])
                     optimiser.step()
                     rates.step()
@@ -98,6 +104,14 @@ def distil(
         for parameter, value in zip(parameters, best, strict=True):
             parameter.data = value
     return trace
+
+
+def _with_more(windows: Tensor, teacher: PreTrainedModel, more: int) -> Tensor:
+    """The windows, and this process's share of those that the teacher writes."""
+    share = -(-more // distributed.world())
+    if not share:
+        return windows
+    return torch.cat([windows, written(teacher, windows, share, seed=distributed.rank())])
 
 
 @contextmanager

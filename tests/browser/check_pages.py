@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent.parent
 BOOK = ROOT / "_build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = (1280, 390)
+# The theme tells the console what it does.
+TOLD = ("[PST]", "[togglebutton]", "Got invalid theme mode")
 
 LOOK = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS, found = {};
@@ -49,6 +51,49 @@ function clipped(doc, width) {
     return true;
   }).map((node) => node.outerHTML.slice(0, 120));
 }
+function scrollers(doc) {
+  // Of what goes on to the right: that which does not show it, or no longer does at its end.
+  const wide = [...doc.querySelectorAll("article *")].filter((node) => {
+    const style = doc.defaultView.getComputedStyle(node);
+    return ["auto", "scroll"].includes(style.overflowX) && node.clientWidth
+      && node.scrollWidth > node.clientWidth + 2;
+  });
+  return { count: wide.length, silent: wide.filter((node) => {
+    const style = doc.defaultView.getComputedStyle(node);
+    return style.maskImage === "none" && style.webkitMaskImage === "none";
+  }).map((node) => node.outerHTML.slice(0, 120)) };
+}
+async function slide(doc) {
+  // Moves every slider to its ends; tells those that a keyboard does not reach or that change
+  // nothing, and pictures whose table is not folded away.
+  const bad = [];
+  for (const box of doc.querySelectorAll(".try")) {
+    const says = () => box.querySelector(".says")?.textContent;
+    const inputs = [...box.querySelectorAll("input[type=range]")];
+    if (inputs.length < 2 || box.querySelector("details").open) bad.push(box.id);
+    if (!box.querySelector(".chart .here")) bad.push(`${box.id}: no dot`);
+    for (const input of inputs) {
+      const was = says(), dot = box.querySelector(".here")?.outerHTML;
+      input.focus();
+      if (doc.activeElement !== input || input.tabIndex < 0) bad.push(`${box.id}: no focus`);
+      for (const value of [input.min, input.max]) {
+        input.value = value;
+        input.dispatchEvent(new Event("input"));
+        const told = [says(), box.querySelector(".here")?.outerHTML].join();
+        if (/undefined|NaN/.test(box.textContent + box.querySelector("svg").outerHTML))
+          bad.push(`${box.id}: not a number`);
+        if (told === [was, dot].join() && value !== input.defaultValue)
+          bad.push(`${box.id}: ${input.ariaLabel} ${value} changes nothing`);
+        if (input.parentNode.querySelector("output").textContent !== input.ariaValueText)
+          bad.push(`${box.id}: ${input.ariaLabel} says another value than it shows`);
+      }
+      input.value = input.defaultValue;
+      input.dispatchEvent(new Event("input"));
+      if (says() !== was) bad.push(`${box.id}: ${input.ariaLabel} does not come back`);
+    }
+  }
+  return bad;
+}
 function look(frame, width) {
   const view = frame.contentWindow, doc = frame.contentDocument;
   const article = doc.querySelector("article");
@@ -72,6 +117,12 @@ function look(frame, width) {
     local: links.filter((h) => !/^(#|[a-z]+:)/.test(h)),
     unreachable: controls.filter((node) => { node.focus(); return doc.activeElement !== node; })
       .map((node) => node.outerHTML.slice(0, 120)),
+    scrollers: scrollers(doc),
+    wrapped: [...article.querySelectorAll("div.highlight pre")].filter(
+      (node) => node.clientWidth && view.getComputedStyle(node).whiteSpace !== "pre")
+      .map((node) => node.textContent.slice(0, 80)),
+    sliders: doc.querySelectorAll(".try").length,
+    drawings: article.querySelectorAll("[id^=draw-] img").length,
     skip: !!doc.querySelector("#pst-skip-link, a.skip-link, a[href='#main-content']"),
     language: doc.documentElement.lang,
   };
@@ -81,7 +132,10 @@ function look(frame, width) {
     found[page] = {};
     for (const width of widths) {
       const frame = await load(page, width);
-      found[page][width] = look(frame, width);
+      const stuck = await slide(frame.contentDocument);
+      frame.contentDocument.querySelectorAll("article details").forEach((d) => (d.open = true));
+      await wait(100);
+      found[page][width] = { stuck, ...look(frame, width) };
       frame.remove();
     }
   }
@@ -128,6 +182,7 @@ def seen(tmp_path_factory):
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
             "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
             "--window-size=1400,1000", "--virtual-time-budget=600000", "--dump-dom",
+            "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
             f"http://localhost:{server.server_address[1]}/look",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
@@ -136,7 +191,16 @@ def seen(tmp_path_factory):
     assert told, f"the browser told nothing: {done.stderr[-500:]}"
     from urllib.parse import unquote
 
-    return json.loads(unquote(told[1]))
+    found = json.loads(unquote(told[1]))
+    # "[…:INFO:CONSOLE(1)] "Uncaught …", source: http://localhost:1/book/intro.html (1)"
+    Path(tmp_path_factory.getbasetemp() / "console").write_text(
+        "\n".join(
+            line
+            for line in done.stderr.splitlines()
+            if "CONSOLE" in line and not any(f'"{told}: ' in line for told in TOLD)
+        )
+    )
+    return found
 
 
 def everywhere(seen, what):
@@ -150,7 +214,9 @@ def test_every_chapter_is_there(seen):
         assert seen[chapter]["1280"]["maths"] > 5
 
 
-@pytest.mark.parametrize("what", ["red", "raw", "broken", "mute", "outside", "anchors"])
+@pytest.mark.parametrize(
+    "what", ["red", "raw", "broken", "mute", "outside", "anchors", "wrapped", "stuck"]
+)
 def test_nothing_is_broken(seen, what):
     bad = {where: found for where, found in everywhere(seen, what).items() if found}
     assert not bad
@@ -167,6 +233,26 @@ def test_nothing_is_cut_off_on_a_phone(seen):
     bad = {page: by["390"]["clipped"][:3] for page, by in seen.items() if by["390"]["clipped"]}
     assert not bad
     assert all(by["390"]["wide"] <= 391 for by in seen.values())
+
+
+def test_what_scrolls_shows_it(seen):
+    found = everywhere(seen, "scrollers")
+    assert not {where: at["silent"] for where, at in found.items() if at["silent"]}
+    assert any(at["count"] for where, at in found.items() if where.endswith("390"))
+
+
+def test_the_sliders_are_there(seen):
+    assert everywhere(seen, "sliders")["book/try-it.html at 390"] == 3
+
+
+def test_every_chapter_has_a_drawing(seen):
+    drawings = everywhere(seen, "drawings")
+    assert all(n for page, n in drawings.items() if page.startswith("notebooks/"))
+    assert drawings["book/intro.html at 1280"] == 1
+
+
+def test_nothing_is_said_on_the_console(seen, tmp_path_factory):
+    assert not (tmp_path_factory.getbasetemp() / "console").read_text()
 
 
 def test_the_keyboard_reaches_everything(seen):
