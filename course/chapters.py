@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from course.plain import plain
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build" / "course"
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -36,6 +38,15 @@ class Exercise:
 def read(file: Path) -> NotebookNode:
     """A notebook in the format of today."""
     return nbformat.read(file, as_version=4)
+
+
+def chapter(file: Path) -> NotebookNode:
+    """A chapter as it reads outside of the book: statements, citations and links in plain words."""
+    notebook = read(file)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
+    return notebook
 
 
 def write(notebook: NotebookNode, file: Path) -> Path:
@@ -86,9 +97,16 @@ def overview() -> str:
     for file in CHAPTERS:
         notebook = read(file)
         found = list(exercises(notebook))
-        kinds = [e.kind for e in found]
-        counts = [str(kinds.count(kind) or "") for kind in ("check", "derive", "extend", "open")]
+        page = f"../notebooks/{file.name}"
+        of_kind = [
+            " ".join(
+                f"[{e.number}]({page}#ex-{e.number.replace('.', '-')})"
+                for e in found
+                if e.kind == kind
+            )
+            for kind in ("check", "derive", "extend", "open")
+        ]
         link = f"[{title(notebook)}](../notebooks/{file.stem})"
-        cells = [link, *counts, str(sum(e.minutes for e in found))]
+        cells = [link, *of_kind, str(sum(e.minutes for e in found))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

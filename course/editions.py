@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> list[Path]:
     """Writes one edition of the chapters whose numbers are given, or of all."""
     name, *numbers = arguments
     written = [
-        chapters.write(EDITIONS[name](chapters.read(file)), chapters.BUILD / name / file.name)
+        chapters.write(EDITIONS[name](chapters.chapter(file)), chapters.BUILD / name / file.name)
         for file in chapters.CHAPTERS
         if not numbers or file.stem[:2] in numbers
     ]

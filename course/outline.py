@@ -1,9 +1,10 @@
 """Which parts of a chapter are slides, by rule, so that no chapter needs marks.
 
 The title with its question; of each section the beginning, as much as there is room for; every
-proposition, without proof; every figure with its caption, and every short table; every takeaway,
-under what it was taken from; the summary; the exercises by title.  A beginning of a few lines goes
-on the slide of what comes next.  What else a section says goes into the notes of its slide.
+definition, algorithm and proposition, without proof; every figure with its caption, and every short
+table; every takeaway, under what it was taken from; the summary; the exercises by title.  A
+beginning of a few lines goes on the slide of what comes next.  What else a section says goes into
+the notes of its slide.
 """
 
 import re
@@ -14,10 +15,12 @@ from dataclasses import dataclass, field
 from nbformat import NotebookNode
 
 from course import chapters
+from course.plain import END
 
 LEAD = 480  # characters of text on a slide, about
 LINES = 260  # and of a beginning that shares its slide
 ROWS = 14  # of a table that can be read from the back of the room
+STATED = re.compile(r"\*\*(Definition|Algorithm) \d")
 LEFT_OUT = ("## Further reading", "## Exercises")
 
 
@@ -39,13 +42,17 @@ class Slide:
 
 def blocks(source: str) -> list[str]:
     """The paragraphs, lists, tables and formulas of a Markdown cell."""
-    parts, open_ = [], False
+    parts, open_, stated = [], False, False
     for paragraph in re.split(r"\n\s*\n", source):
-        if open_:
+        if paragraph == END:
+            stated = False
+            continue
+        if open_ or stated:
             parts[-1] += "\n\n" + paragraph
         else:
             parts.append(paragraph.strip("\n"))
         open_ ^= paragraph.count("$$") % 2 == 1 or paragraph.count("```") % 2 == 1
+        stated |= bool(STATED.match(paragraph)) and END in source
     return [part for part in parts if part.strip()]
 
 
@@ -104,6 +111,8 @@ class Deck:
             self.new(cell)
         elif block.startswith("**Proposition"):
             self.new(cell, ("md", block), kind="proposition")
+        elif STATED.match(block):
+            self.new(cell, ("md", block), kind="statement")
         elif block.startswith("**Takeaway"):
             if last.kind == "result" and last.title == self.section:
                 last.body.append(("md", block))

@@ -46,7 +46,7 @@ def page(slide: outline.Slide, markdown: MarkdownIt) -> str:
     """One slide as HTML."""
     parts = []
     for kind, text in slide.body:
-        if text.startswith("**Proposition"):
+        if re.match(r"\*\*(Proposition|Definition|Algorithm) \d", text):
             parts.append('<div class="claim">')
         if kind == "md":
             text = markdown.render(without_dead_links(text))
@@ -91,7 +91,7 @@ def main(numbers: list[str]) -> list[Path]:
         if numbers and file.stem[:2] not in numbers:
             continue
         written.append(folder / f"{file.stem}.html")
-        written[-1].write_text(deck(chapters.read(file)), encoding="utf-8")
+        written[-1].write_text(deck(chapters.chapter(file)), encoding="utf-8")
     print(f"{len(written)} decks in {folder}")
     return written
 

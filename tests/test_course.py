@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from course import chapters, editions, grade, otter, outline, projects, sheets, slides  # noqa: E402
+from course.plain import plain  # noqa: E402
 
 SHEETS = sheets.sheets()
 NIGHTLY = os.environ.get("SLR_CHAPTERS") == "all"
@@ -28,7 +29,7 @@ NIGHTLY = os.environ.get("SLR_CHAPTERS") == "all"
 
 @pytest.fixture(params=chapters.CHAPTERS, ids=lambda path: path.stem)
 def chapter(request):
-    return chapters.read(request.param)
+    return chapters.chapter(request.param)
 
 
 @pytest.fixture(params=SHEETS, ids=lambda sheet: sheet.folder.name)
@@ -113,6 +114,27 @@ def test_deck_shows_figures_takeaways_and_summary(chapter):
         c.source.count("**Proposition") for c in chapter.cells
     )
     assert "*Proof" not in shown
+    stated = [b for s in made for k, b in s.body if k == "md" and outline.STATED.match(b)]
+    assert len(stated) == sum(len(outline.STATED.findall(c.source)) for c in chapter.cells)
+    assert "<!--" not in said
+
+
+def test_hand_outs_need_no_book(chapter):
+    """Nothing of the book's own notation is left, and statements keep their numbers."""
+    text = "\n\n".join(c.source for c in chapter.cells if c.cell_type == "markdown")
+    for mark in (":::", "{prf:", "{cite", ":label:", "$$ (eq-", "](#", "glossary.md"):
+        assert mark not in text, mark
+    number = chapters.title(chapter).split(".")[0]
+    found = re.findall(r"^\*\*Proposition (\d+)\.(\d+) \(", text, re.M)
+    assert found == [(number, str(i)) for i in range(1, len(found) + 1)]
+    assert text.count("*Proof.* ") == len(found) >= 1
+
+
+def test_sources_are_cited_by_author_and_year():
+    assert plain("Wanda {cite}`wanda2024,candes2009` of {cite:t}`roofline2009`") == (
+        "Wanda (Sun et al., 2024; Candès and Recht, 2009) of Williams et al. (2009)"
+    )
+    assert plain("$$a = b$$ (eq-5-1)") == "$$a = b \\tag{5.1}\n$$"
 
 
 def test_decks_ask_nothing_of_the_network(chapter):
@@ -207,7 +229,7 @@ def test_quiz_has_five_questions_a_chapter_with_folded_answers():
             r"^\*\*(\d+\.\d)\*\* .+\n\n:::{dropdown} Answer\n.+\n:::$", section, re.M
         )
         assert asked == [f"{number}.{i}" for i in range(1, 6)]
-        linked = [c for c in notebook.cells if f"](quiz-{number})" in c.source]
+        linked = [c for c in notebook.cells if f"](../book/quiz.md#quiz-{number})" in c.source]
         assert len(linked) == 1, file.name
 
 

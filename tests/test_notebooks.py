@@ -97,6 +97,29 @@ def test_cells_are_short_and_figures_described(chapter):
             assert notes.get("figure", {}).get("caption"), f"no caption: {source[:60]!r}"
 
 
+def test_plots_and_plumbing_are_folded_and_naive_code_is_open(chapter):
+    for cell in chapter["cells"]:
+        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
+        if cell["cell_type"] != "code" or {"exercise", "solution", "remove-cell"} & set(tags):
+            continue
+        figure = cell["metadata"].get("mystnb", {}).get("figure")
+        if figure:
+            assert {"hide-input", "remove-input"} & set(tags), f"a plot is open: {source[:60]!r}"
+        elif re.search(r"def naive_|torch\.equal|allclose", source):
+            assert "hide-input" not in tags, f"what is taught is folded: {source[:60]!r}"
+
+
+def test_tables_are_for_readers(chapter):
+    """Neither NaN nor the numbers of rows."""
+    for cell in chapter["cells"]:
+        for output in cell.get("outputs", []):
+            page = "".join(output.get("data", {}).get("text/html", ""))
+            start = "".join(cell["source"])[:60]
+            assert "<td>NaN</td>" not in page, f"NaN in the table of {start!r}"
+            names = re.findall(r"<tr>\s*<th>([^<]*)</th>\s*<td>", page.partition("<tbody>")[2])
+            assert names[:3] != ["0", "1", "2"], f"row numbers in the table of {start!r}"
+
+
 def test_light_and_offline():
     for path in CHAPTERS:
         assert path.stat().st_size <= 500_000, path.name
@@ -170,20 +193,76 @@ def test_every_proposition_is_proved_and_checked(chapter):
     cells = chapter["cells"]
     for i, cell in enumerate(cells):
         text = "".join(cell["source"])
-        if cell["cell_type"] != "markdown" or "**Proposition" not in text:
+        if cell["cell_type"] != "markdown" or "{prf:proposition}" not in text:
             continue
-        start = text[text.index("**Proposition") :][:60]
-        assert text.count("**Proposition") == 1, f"two at once: {start!r}"
-        after = text[text.index("**Proposition") :]
-        assert "*Proof.*" in after, f"no proof: {start!r}"
+        after = text[text.index(":::{prf:proposition}") :]
+        start = after[:60]
+        assert text.count("{prf:proposition}") == 1, f"two at once: {start!r}"
+        assert ":::{prf:proof}\n" in after, f"no proof: {start!r}"
         assert "\\square" in after, f"no end of the proof: {start!r}"
         code = itertools.takewhile(lambda c: c["cell_type"] == "code", cells[i + 1 :])
         assert any("assert " in "".join(c["source"]) for c in code), f"not checked: {start!r}"
 
 
+STATEMENT = re.compile(r"^:::\{prf:(proposition|definition|algorithm)\} (.+)\n:label: (\S+)$", re.M)
+LABEL = {"proposition": "prop", "definition": "def", "algorithm": "alg"}
+LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s]*?)(?:#([\w-]+))?\)")
+NAMED = {"Proposition": "prop", "Definition": "def", "Exercise": "ex", "equation": "eq"}
+
+
+def targets(path):
+    """The names in a chapter that a link may lead to."""
+    text = "\n".join(sources(json.loads(path.read_text(encoding="utf-8")), "markdown"))
+    names = {label for _, _, label in STATEMENT.findall(text)}
+    names |= {f"ex-{a}-{b}" for a, b, *_ in HEADING.findall(text)}
+    return names | set(re.findall(r"\$\$ \(([\w-]+)\)$", text, re.M))
+
+
+def test_statements_and_equations_are_numbered_as_their_labels_say(chapter):
+    """The book counts them by chapter; the label carries the number where there is no book."""
+    text = "\n".join(sources(chapter, "markdown"))
+    number = int(text.split(".")[0][2:])
+    counted = dict.fromkeys(LABEL, 0)
+    for kind, _, label in STATEMENT.findall(text):
+        counted[kind] += 1
+        assert label == f"{LABEL[kind]}-{number}-{counted[kind]}"
+    assert sum(counted.values()) == len(re.findall(r"^:::\{prf:(?!proof)", text, re.M))
+    assert counted["proposition"] >= 1
+    found = re.findall(r"\$\$ \(([\w-]+)\)$", text, re.M)
+    assert found == [f"eq-{number}-{i}" for i in range(1, len(found) + 1)]
+
+
+def test_links_say_where_they_lead(chapter):
+    """ "Proposition 5.2" leads to prop-5-2 of chapter 5, "chapter 5" to its file."""
+    text = "\n".join(sources(chapter, "markdown"))
+    own = CHAPTERS[int(text.split(".")[0][2:]) - 1]
+    for words, file, name in LINK.findall(text):
+        if file.startswith("http"):
+            continue
+        path = (ROOT / "notebooks" / file).resolve() if file else own
+        assert path.is_file(), f"[{words}]({file}): a link has to work in Jupyter, too"
+        if path.suffix == ".ipynb":
+            assert not name or name in targets(path), f"{words}: no {name} in {path.name}"
+        if said := re.match(r"(\w+?)s? \(?(\d+)\.(\d+)\)?$", words):
+            assert name == f"{NAMED[said[1]]}-{said[2]}-{said[3]}", words
+        elif said := re.fullmatch(r"(?:[Cc]hapter )?(\d+)", words):
+            assert path == CHAPTERS[int(said[1]) - 1], words
+
+
+def test_every_mention_of_a_chapter_is_a_link(chapter):
+    text = "\n".join(sources(chapter, "markdown"))
+    number = text.split(".")[0][2:]
+    prose = re.sub(r"^#.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\s]*\)", "", text, flags=re.M)
+    prose = prose.replace("its chapter 8 {cite}", "")  # of another book
+    for found in re.findall(r"\b[Cc]hapters? (\d+)|\b(Parts? [IV]+)\b", prose):
+        assert found[0] == number, found
+    for word in ("Proposition", "Definition", "Exercise"):
+        assert not re.search(rf"\b{word}s? \d", prose), word
+
+
 # Not of ours: the headings of exercises, mathematics, code, links and what is in a solution.
 NOT_PROSE = re.compile(
-    r"### Exercise [^\n]*|<details>.*?</details>|```.*?```|\$\$.*?\$\$|\$.*?\$|`.*?`"
+    r"### Exercise [^\n]*|<details>.*?</details>|```.*?```|\$\$.*?\$\$|\$.*?\$|`.*?`|:label: .*?\n"
     r"|\[.*?\]\(.*?\)",
     re.S,
 )

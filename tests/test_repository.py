@@ -169,3 +169,58 @@ def test_every_public_function_of_one_matrix_has_an_example_and_a_cost():
             if inspect.isfunction(thing):
                 assert ">>>" in thing.__doc__, f"{name}.{public}"
                 assert "Cost" in thing.__doc__, f"{name}.{public}"
+
+
+def test_reading_times_are_true():
+    """What a chapter states is within a fifth, or five minutes, of what its length says."""
+    import nbformat
+
+    sys.path.insert(0, str(ROOT / "book"))
+    import counts
+
+    for file in sorted(ROOT.glob("notebooks/*.ipynb")):
+        cells = nbformat.read(file, as_version=4).cells
+        stated = int(re.search(r"\*Time:\* (\d+) minutes to read; ", cells[0].source)[1])
+        found = counts.minutes(cells)
+        assert abs(stated - found) <= max(5, 0.2 * found), f"{file.name}: about {found:.0f}"
+
+
+def test_maps_are_drawn_from_what_chapters_say():
+    sys.path.insert(0, str(ROOT / "book"))
+    import maps
+
+    for name, text in maps.drawn().items():
+        assert (maps.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == text, name
+    page = (ROOT / "book" / "how-to-use.md").read_text(encoding="utf-8")
+    told = re.search(r"map-chapters\.svg\n.*?:alt: (.*?)\n", page, re.S)[1]
+    assert set(map(int, re.findall(r"\d+", told))) == set(maps.CHAPTERS)
+
+
+def letters(text):
+    """What stands in dollars in the first column of tables, each letter by itself."""
+    found = set()
+    for cell in re.findall(r"^\| ([^|]*\$[^|]*) \|", text, re.M):
+        for formula in re.findall(r"\$([^$]+)\$", cell):
+            found |= {part.strip() for part in re.split(r", |\\ge", formula.split("=")[0])}
+    return {letter for letter in found if not letter.startswith("\\dots")}
+
+
+def test_notation_has_every_letter_of_every_chapter():
+    import json
+
+    page = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
+    common = letters(page.split("## Letters of one chapter")[0])
+    rows = re.findall(r"^\| \[(\d+)\]\(\.\./notebooks/(\S+)\) \| (.*) \|$", page, re.M)
+    files = sorted(ROOT.glob("notebooks/*.ipynb"))
+    assert [stem for _, stem, _ in rows] == [file.stem for file in files]
+    for (number, _, row), file in zip(rows, files, strict=True):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        table = text[text.index("| symbol | ") :].split("\n\n")[0]
+        own = {
+            part.strip()
+            for formula in re.findall(r"\$([^$]+)\$", row)
+            for part in re.split(r", |\\ge", formula.split("=")[0])
+        }
+        missing = letters(table) - common - own
+        assert not missing, f"chapter {number}: {missing}"
