@@ -23,7 +23,7 @@ CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb gui
 NEEDED := accelerate filelock numpy psutil pyyaml safetensors tqdm transformers typer
 
 .PHONY: help setup book checked-book test fuzz chaos gpu browser-test lint format notebooks serve clean repo
-.PHONY: student instructor slides grade
+.PHONY: student instructor slides grade pdf epub linkcheck resolve
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -46,6 +46,15 @@ book: .venv/.ready  ## run the chapters that changed and render the book into _b
 
 checked-book: .venv/.ready  # of the outputs that `make test` has just compared with a run
 	$(BIN)/python book/build.py --checked $(CHAPTERS)
+
+# From the outputs that the notebooks hold, so that no chapter is run; Chromium prints.
+pdf:  ## the book as one PDF, _build/pdf/slr.pdf (needs Chromium or Chrome)
+epub:  ## the book as an EPUB, _build/epub/slr.epub (the same)
+pdf epub: checked-book
+	$(BIN)/python -m book.publish $@
+
+linkcheck: .venv/.ready  ## every link of the built book; those to other servers if a network is there
+	$(BIN)/python -m book.links --external
 
 # Two workers of one thread each: two of two threads on two cores wait for one another.
 test: .venv/.ready lint  ## lint, unit tests, doctests and notebooks
@@ -75,7 +84,7 @@ gpu:  ## run on one NVIDIA GPU all that needs one, in 9 minutes; into results/<c
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $$python benchmarks/gpu.py $(GPU)
 
 browser-test: .venv/.ready  ## look at the built book in Chromium (after make book)
-	$(BIN)/python -m pytest tests/browser/check_pages.py
+	$(BIN)/python -m pytest tests/browser/check_pages.py tests/browser/check_paper.py
 
 lint: .venv/.ready  ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 // only a screen can use goes away.  Run by publish.py in Chromium; sends what it made to /-/told.
 "use strict";
 
-const USELESS = "script, style, link, noscript, button, input, iframe, .headerlink, .onlyprint, .skip-link,"
-  + " .sd-summary-state-marker, .on-screen-only";
+const USELESS = "script, style, link, button, input, iframe, .headerlink, .onlyprint,"
+  + " .skip-link, .sd-summary-state-marker, .on-screen-only";
 
 const name = (page) => page.replace(/\.html$/, "").replaceAll("/", "-");
 
@@ -22,6 +22,7 @@ function mend(article, page, all) {
   // Ids, links and images as they are called in the new book; lists the images.
   const images = new Set();
   for (const node of article.querySelectorAll(USELESS)) node.remove();
+  for (const node of article.querySelectorAll("noscript")) node.replaceWith(...node.childNodes);
   for (const node of article.querySelectorAll("a[href]")) {
     const to = target(node.getAttribute("href"), page, all);
     if (to === null) node.replaceWith(...node.childNodes);
@@ -67,7 +68,7 @@ function draw() {
     picture.removeAttribute("focusable");
     for (const node of picture.querySelectorAll("path:not([d])")) node.remove();  // a space
     for (const node of picture.querySelectorAll("*"))
-      for (const { name } of [...node.attributes]) if (name.startsWith("data-")) node.removeAttribute(name);
+      for (const what of Object.keys(node.dataset)) delete node.dataset[what];
     const span = document.createElement("span");
     span.className = item.display ? "formula shown" : "formula";
     span.append(picture);
@@ -95,14 +96,17 @@ async function collect(all) {
     const article = new DOMParser().parseFromString(text, "text/html").querySelector("article");
     const images = mend(article, page, all);
     document.body.append(document.adoptNode(article));
-    found.push({ page, name: name(page), title: article.querySelector("h1").textContent.trim(), images, article });
+    const title = article.querySelector("h1").textContent.trim();
+    found.push({ page, name: name(page), title, images, article });
   }
   await MathJax.startup.promise;
   await MathJax.typesetPromise();
-  const wrong = [...document.querySelectorAll("[data-mjx-error]")].map((n) => n.dataset.mjxError);
+  const wrong = [];
+  for (const item of MathJax.startup.document.math)  // an unknown command is only written in red
+    if (item.typesetRoot.querySelector('[data-mjx-error], [fill="red"]')) wrong.push(item.math);
   const formulas = [...MathJax.startup.document.math].length;
   draw();
-  await Promise.all([...document.images].map((image) => image.decode().catch(() => wrong.push(image.src))));
+  for (const image of document.images) await image.decode().catch(() => wrong.push(image.src));
   const xml = new XMLSerializer();
   const pages = found.map(({ article, ...rest }) => {
     const small = fit(article);

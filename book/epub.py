@@ -7,6 +7,9 @@ import uuid
 import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
+from xml.etree import ElementTree
+
+from book import links
 
 BUILT = Path("_build") / "html"
 HEAD = '<?xml version="1.0" encoding="utf-8"?>\n'
@@ -121,11 +124,34 @@ def write(book, out: Path) -> str:
         archive.writestr("book/toc.ncx", ncx(book, identifier))
         archive.writestr("book/paper.css", book.style)
         for page in book.pages:
-            body = re.sub(r' xmlns="http://www.w3.org/1999/xhtml"', "", page.body)
+            body = page.body.replace(' xmlns="http://www.w3.org/1999/xhtml"', "")
             archive.writestr(f"book/{page.name}.xhtml", xhtml(page.title, body))
         for name, file in images.items():
             content = (BUILT / file).read_bytes()
             archive.writestr(
                 f"book/images/{name}", plain(content) if name[-4:] == ".svg" else content
             )
+    wrong = faults(out)
+    if wrong:
+        raise SystemExit("\n".join([f"{out} is not fit to be read:", *wrong[:20]]))
     return f"{len(book.pages)} pages, {len(images)} pictures"
+
+
+def faults(file: Path) -> list[str]:
+    """What is wrong with an EPUB: its type, its XML, its list of files, its links."""
+    wrong = []
+    with zipfile.ZipFile(file) as archive:
+        first, names = archive.infolist()[0], set(archive.namelist())
+        if first.filename != "mimetype" or first.compress_type != zipfile.ZIP_STORED:
+            wrong.append("mimetype is not the first file, or packed")
+        texts = {n: archive.read(n) for n in names if not n.endswith((".png", ".gif", ".css"))}
+    for name, text in texts.items():
+        try:
+            name == "mimetype" or ElementTree.fromstring(text)
+        except ElementTree.ParseError as error:
+            wrong.append(f"{name}: {error}")
+    listed = set(re.findall(r'<item [^>]*href="([^"]+)"', texts["book/book.opf"].decode()))
+    there = {name.removeprefix("book/") for name in names if name.startswith("book/")}
+    wrong += [f"{name}: not listed, or not there" for name in listed ^ (there - {"book.opf"})]
+    pages = {n: links.Page(t.decode()) for n, t in texts.items() if n.endswith(".xhtml")}
+    return wrong + links.internal(pages, names.__contains__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pikepdf
 
-from book import browser
+from book import browser, links
 
 HERE = Path(__file__).parent
 BUILT = Path("_build") / "html"
@@ -72,6 +72,10 @@ def entries(items) -> int:
 
 def write(book, out: Path) -> str:
     """Print the book; says how large it is."""
+    there = {"book": links.Page(document(book, {}))}
+    wrong = links.internal(there, lambda path: (BUILT / path.lstrip("/")).is_file())
+    if wrong:
+        raise SystemExit("\n".join(["the book is not fit to be printed:", *wrong[:20]]))
     with tempfile.TemporaryDirectory() as folder:
         printed = Path(folder) / "printed.pdf"
         browser.print_pdf(BUILT, document(book, {}), printed)
