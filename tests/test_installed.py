@@ -7,9 +7,11 @@ chapter is run; with ``SLR_CHAPTERS=all`` every one is, which the nightly workfl
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -25,24 +27,36 @@ ALONE = """import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith("__editable__")]
 """
 SAY = "import pathlib, slr; print(slr.__file__, *pathlib.Path().iterdir())"
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 DAY = 24 * 60 * 60
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Folder that holds what a wheel of the package installs, found before any other."""
-    home = tmp_path_factory.mktemp("installed")
+def wheel(tmp_path_factory):
+    """The wheel of the package, and what was said while it was built."""
+    home = tmp_path_factory.mktemp("wheel")
     unused = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("slr", "benchmarks", "results"):
         shutil.copytree(ROOT / name, home / "source" / name, ignore=unused)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, home / "source")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    alone = ["--no-deps", "--no-build-isolation", "--no-index"]
-    wheels, site = home / "wheels", home / "site"
-    subprocess.run([*pip, "wheel", *alone, "-w", wheels, home / "source"], check=True)
-    wheel = next(wheels.glob("*.whl"))
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    alone = ["--no-deps", "--no-build-isolation", "--no-index", "--verbose"]
+    done = subprocess.run(
+        [*PIP, "wheel", *alone, "-w", home, home / "source"],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return next(home.glob("*.whl")), done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Folder that holds what the wheel installs, found before any other."""
+    site = tmp_path_factory.mktemp("installed") / "site"
+    install = [*PIP, "install", "--quiet", "--no-deps", "--target", site, wheel[0]]
+    subprocess.run(install, check=True)
     (site / "sitecustomize.py").write_text(ALONE, encoding="utf-8")
     return site
 
@@ -75,6 +89,29 @@ def uses(chapter):
 
 def names(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*.json")}
+
+
+def test_the_wheel_lists_its_packages(wheel):
+    file, said = wheel
+    assert "running build_py" in said
+    assert "is absent from the `packages` configuration" not in said
+    assert file.stat().st_size < 12e6
+
+
+def test_links_of_the_long_description_are_absolute(wheel):
+    with zipfile.ZipFile(wheel[0]) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        headers, _, text = archive.read(name).decode().partition("\n\n")
+    address = re.search(r"^Project-URL: Repository, (.*)$", headers, re.M)[1]
+    assert "Description-Content-Type: text/markdown" in headers
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    assert all(re.match("https?://", link) for _, link in links)
+    own = [link.removeprefix(f"{address}/blob/main/") for _, link in links if address in link]
+    raw = address.replace("github.com", "raw.githubusercontent.com")
+    own += [link.removeprefix(f"{raw}/main/") for image, link in links if image and raw in link]
+    assert len(own) > 10
+    assert all((ROOT / path).exists() for path in own)
 
 
 def test_every_table_and_record_comes_with_the_package(installed):
