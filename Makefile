@@ -86,6 +86,14 @@ gpu:  ## run on one NVIDIA GPU all that needs one, in 9 minutes; into results/<c
 browser-test: .venv/.ready  ## look at the built book in Chromium (after make book)
 	$(BIN)/python -m pytest tests/browser/check_pages.py tests/browser/check_paper.py
 
+# Only the index is asked; nothing is installed.  The first pinned version is the oldest 3.11 at all.
+resolve: .venv/.ready  ## can every supported Python have all that is needed, with the pins?
+	@for version in 3.10 3.11 3.12 3.13; do \
+	  pins=constraints.txt; if [ $$version = 3.10 ]; then pins=/dev/null; fi; \
+	  $(BIN)/uv pip compile --quiet --all-extras --python-version $$version -c $$pins \
+	    --output-file /dev/null pyproject.toml && echo "Python $$version: yes" || exit 1; \
+	done
+
 lint: .venv/.ready  ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -57,7 +57,8 @@ def test_environment_installs_the_same(project):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert pip == ["-c constraints.txt", "-e .[all]"]
+    assert pip[1:] == ["-c constraints.txt", "-e .[all]"]
+    assert pip[0].startswith("--extra-index-url https://download.pytorch.org/")
     python = next(d for d in conda if d.startswith("python=")).split("=")[1]
     assert Requirement(f"x{project['requires-python']}").specifier.contains(python)
 
@@ -67,10 +68,14 @@ def test_one_repository_address(project):
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     assert config["repository"]["url"] == address
     name = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)[1]
+    places = (
+        r"(?:git\+https://github\.com|mybinder\.org/v2/gh|google\.com/github)/([\w.-]+/[\w.-]+)"
+    )
     pages = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("guide/*.ipynb"), *ROOT.glob("book/*.md")]
     for path in [*pages, ROOT / "README.md"]:
-        found = set(re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", path.read_text()))
-        assert found <= {name}, path.name
+        found = re.findall(places, path.read_text(encoding="utf-8"))
+        assert set(found) <= {name}, path.name
+        assert found or path.suffix == ".md", path.name  # a chapter installs the package on Colab
 
 
 def test_make_repo_sets_the_address_everywhere(tmp_path, project):
@@ -80,6 +85,7 @@ def test_make_repo_sets_the_address_everywhere(tmp_path, project):
 
     old = project["urls"]["Repository"].removeprefix("https://github.com/")
     names = ["pyproject.toml", "_config.yml", "README.md", "Makefile", "book/how-to-use.md"]
+    names += ["CITATION.cff", "CHANGELOG.md"]
     names += [str(p.relative_to(ROOT)) for p in ROOT.glob("[gn]*/*.ipynb")]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -97,6 +103,80 @@ def test_make_repo_sets_the_address_everywhere(tmp_path, project):
     )
     assert bad.returncode
     assert "must look like" in bad.stdout
+
+
+PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("slr/**/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    files = [link.partition("#")[0] for link in links if not re.match(r"https?:|#", link)]
+    assert [file for file in files if not (page.parent / file).exists()] == []
+
+
+def test_how_to_cite(project):
+    import slr
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["message"]
+    assert cited["title"]
+    assert cited["version"] == slr.__version__
+    assert cited["repository-code"] == project["urls"]["Repository"]
+    assert " AND ".join(cited["license"]) == project["license"]
+    assert [author["name"] for author in cited["authors"]] == [
+        a["name"] for a in project["authors"]
+    ]
+    [paper] = cited["references"]
+    bib = (ROOT / "book/references.bib").read_text(encoding="utf-8").partition("\n}")[0]
+    for words in (paper["title"], paper["url"], str(paper["year"]), f"{paper['start']}--"):
+        assert words in bib
+    families = [author["family-names"] for author in paper["authors"]]
+    assert families == re.findall(r"(?:= \{|and )(\w+), ", bib)
+
+
+def test_the_changelog_is_of_this_version():
+    import slr
+
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = re.search(r"^## \[(.*?)\](.*)", text, re.M)
+    assert slr.__version__ in text
+    assert first[1] == "Unreleased" or re.fullmatch(r" - \d{4}-\d\d-\d\d", first[2])
+    kinds = set(re.findall(r"^### (.*)", text, re.M))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_forms_for_issues():
+    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    assert [form.stem for form in forms] == ["bug", "config", "erratum"]
+    for form in forms[::2]:
+        made = yaml.safe_load(form.read_text(encoding="utf-8"))
+        assert made["name"]
+        assert made["description"]
+        ids = [field["id"] for field in made["body"]]
+        assert len(ids) == len(set(ids))
+        assert all(field["attributes"]["label"] for field in made["body"])
+
+
+def test_every_python_is_resolved_and_tested(project):
+    start = "Programming Language :: Python :: "
+    told = [c.removeprefix(start) for c in project["classifiers"] if c.startswith(start)]
+    assert min(Version(v) for v in told) == Version(project["requires-python"].removeprefix(">="))
+    resolved = re.search(r"for version in (.*?);", (ROOT / "Makefile").read_text())[1].split()
+    workflow = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())
+    tested = workflow["jobs"]["pythons"]["strategy"]["matrix"]["python"]
+    assert told == resolved == tested
+
+
+def test_workflows_call_what_there_is():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {
+        name for names in re.findall(r"^([a-z -]+):(?!=)", makefile, re.M) for name in names.split()
+    }
+    for file in ROOT.glob(".github/workflows/*.yml"):
+        for line in re.findall(r"make ((?:[a-z-]+ ?)+)", file.read_text(encoding="utf-8")):
+            assert set(line.split()) <= targets, file.name
 
 
 def test_every_page_of_the_contents_exists_and_every_chapter_is_in_it():
