@@ -206,23 +206,23 @@ def coded_matrix(m, n, grid, mask, seed=0):
     keep = torch.rand(m, n, generator=made) > 0.6 if mask else None
     W = torch.randn(m, n, generator=made)
     layer = layer_of(slr.refine(W, keep, 0, grid=grid))
-    return layer._prepared()[0], layer.weight
+    return layer.ready[0], layer.weight
 
 
 @pytest.mark.skipif(native.missing() != "", reason="no compiler")
 @given(
-    m=st.integers(1, 9), n=st.integers(1, 300), bits=st.integers(2, 8),
-    group=st.sampled_from([None, 2, 7, 16, 32, 64]), symmetric=st.booleans(), mask=st.booleans(),
-    tokens=st.integers(1, 18), bias=st.booleans(), seed=st.integers(0, 9),
+    m=st.one_of(st.integers(1, 9), st.sampled_from([37, 144])), n=st.integers(1, 300),
+    bits=st.integers(2, 8), group=st.sampled_from([None, 2, 7, 16, 32, 64]), symmetric=st.booleans(), mask=st.booleans(),
+    rank=st.integers(0, 20), tokens=st.one_of(st.integers(1, 18), st.sampled_from([33, 70])),
+    bias=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_every_instruction_set_reads_codes_alike(
-    m, n, bits, group, symmetric, mask, tokens, bias, seed
+    m, n, bits, group, symmetric, mask, rank, tokens, bias, seed
 ):
     S, dense = coded_matrix(m, n, Grid(bits, group, symmetric), mask, seed)
     made = torch.Generator().manual_seed(seed)
     x, b = torch.randn(tokens, n, generator=made), torch.randn(m, generator=made)
-    expected = (x.double() @ dense.double().T) + (b if bias else 0)
-    size = x.double().abs() @ dense.double().abs().T + 1
+    B, A = torch.randn(m, rank, generator=made), torch.randn(rank, n, generator=made)
     for best in SETS[: library().best + 1]:
         rows = native_codes.rows_(torch.full((m, n), torch.nan), S, best=best)
         assert torch.allclose(rows, dense, rtol=1e-6, atol=0)
@@ -230,8 +230,19 @@ def test_every_instruction_set_reads_codes_alike(
         assert torch.equal(below, rows[m // 2 :])
         half = native_codes.rows_(torch.empty(m, n, dtype=torch.bfloat16), S, best=best)
         assert torch.equal(half, rows.bfloat16())
-        y = native_codes.few_tokens(x, S, b if bias else None, best=best)
-        assert bool(((y - expected).abs() <= 1e-5 * size).all())
+        for dtype in native_codes.KINDS:
+            parts = [part.to(dtype) for part in (x, B, A, b)]
+            y = native_codes.multiply(
+                parts[0], S, *parts[1:3], parts[3] if bias else None, best=best
+            )
+            wide, low, left, right = (part.double() for part in parts)
+            exact = wide @ dense.double().T + wide @ left.T @ low.T + (right if bias else 0)
+            size = wide.abs() @ dense.double().abs().T + (wide @ left.T).abs() @ low.abs().T
+            # A x is rounded and so is y, and S where tiles multiply it.
+            close = torch.finfo(dtype).eps * (exact.abs() + (wide @ left.T).abs() @ low.abs().T)
+            tiles = best == "amx" and dtype == torch.bfloat16 and tokens % 512 > 8
+            close += (2.0**-9 if tiles else 0) * size
+            assert bool(((y.double() - exact).abs() <= close + 1e-5 * size + 1e-5).all())
 
 
 @pytest.mark.parametrize("mask", [False, True])
