@@ -5,7 +5,6 @@ Book: chapter 16.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from slr.layer import native, native_codes
@@ -16,8 +15,6 @@ from slr.layer.product import differentiates
 from slr.matrix.rounding import Grid
 
 __all__ = ["ByCodes"]
-
-ROWS = 1024  # of S unpacked at a time
 
 
 class ByCodes(SLRLinear):
@@ -60,20 +57,9 @@ class ByCodes(SLRLinear):
         return not differentiates(x, *self._parameters.values())
 
     def _by_kernels(self, x: Tensor) -> Tensor:
-        """y by our own kernels: from the codes, or for many tokens from blocks of rows."""
+        """y by our own kernels."""
         assert self.ready is not None
         S, B, A = self.ready
         B, A = self.B if B is None else B, self.A if A is None else A
-        m, n = self._shape
-        if x.numel() <= self.most * n:
-            return native_codes.multiply(x, S, B, A, self.bias)
-        y, flat = x.new_empty(x.numel() // n, m), x.reshape(-1, n)
-        room = x.new_empty(min(ROWS, m), n)
-        for top in range(0, m, ROWS):
-            rows = native_codes.rows_(room[: min(ROWS, m - top)], S, top)
-            torch.mm(flat, rows.T, out=y[:, top : top + ROWS])
-        if self.bias is not None:
-            y += self.bias
-        if self.rank:
-            y.addmm_(flat @ A.T, B.T)
-        return y.view(*x.shape[:-1], m)
+        few = x.numel() <= self.most * self.in_features
+        return (native_codes.multiply if few else native_codes.by_rows)(x, S, B, A, self.bias)

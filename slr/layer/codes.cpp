@@ -29,6 +29,7 @@ namespace {
 constexpr int WITH_AVX512 = 2;      // of `Set` in native.cpp
 constexpr int64_t SHARE = 1 << 16;  // entries below which a thread is not worth waking
 constexpr int64_t BLOCK = 64;       // columns that are made at once
+constexpr int64_t AHEAD = 4096;     // codes asked for before they are needed
 
 inline float of_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
@@ -143,6 +144,16 @@ AVX512 inline __m512i codes_avx512(const Coded& S, int64_t from, int64_t count) 
     codes = _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(char(1 << bit)));
   }
   return codes;
+}
+
+// Of each plane the 64 bytes that are needed later.
+template <int BITS>
+inline void ask_ahead(const Coded& S, int64_t from) {
+  if (BITS == 8)
+    _mm_prefetch(S.planes + from + AHEAD, _MM_HINT_T0);
+  else
+    for (int bit = 0; bit < BITS; bit++)
+      _mm_prefetch(S.planes + bit * S.stride + (from + AHEAD) / 8, _MM_HINT_T0);
 }
 
 // Can a row be read without care?
@@ -261,6 +272,7 @@ AVX512 void halves_avx512(const Coded& S, int64_t r, const CodesInput& in, float
                                   : EACH(0, 0x01010101, 0x02020202, 0x03030303);
   int64_t from = S.start(r), g = 0, until = S.group;
   for (int64_t j = 0; j < S.n; j += BLOCK) {
+    if (BITS == 8 || j % (8 * BLOCK) == 0) ask_ahead<BITS>(S, from);
     if (!fine && j >= until) g++, until += S.group;
     const __m512 s = fine ? _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scales + g))
                           : _mm512_set1_ps(scales[g]);
@@ -344,8 +356,10 @@ bool fast(const Coded& S, int set) {
 
 }  // namespace
 
-bool codes_in_halves(const Coded& S, int set) {
-  return fast(S, set) && (S.group % BLOCK == 0 || S.group == 16 || S.group == 32 || S.group >= S.n);
+// (Two halves of each code of 8 bits are worth it for one token only.)
+bool codes_in_halves(const Coded& S, int set, int slab) {
+  if (!fast(S, set) || (S.bits == 8 && slab > 1)) return false;
+  return S.group % BLOCK == 0 || S.group == 16 || S.group == 32 || S.group >= S.n;
 }
 
 CodesTimes codes_times(const Coded& S, int set, bool halves, int slab) {

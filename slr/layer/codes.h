@@ -35,7 +35,7 @@ using CodesTimes = void (*)(const Coded&, int64_t r, const CodesInput&, float* r
 using CodesRow = int64_t (*)(const Coded&, int64_t r, int64_t from, int64_t column, int64_t columns,
                              char* out);
 
-bool codes_in_halves(const Coded& S, int set);  // is x to be in bfloat16?
+bool codes_in_halves(const Coded& S, int set, int slab);  // is x to be in bfloat16?
 CodesTimes codes_times(const Coded& S, int set, bool halves, int slab);
 CodesRow codes_row(const Coded& S, int set, int64_t size);
 void codes_input(const Coded& S, const uint16_t* x, int64_t tokens, uint16_t* out, float* sums);

@@ -45,8 +45,7 @@ enum Set { PORTABLE, WITH_AVX2, WITH_AVX512, WITH_AMX };
 enum Matrix { PLAIN, SPARSE, SWIFT };  // all entries there; S; S where a row is read without care
 constexpr int SLABS[] = {1, 2, 4, 8, 16};  // tokens that are multiplied at once
 constexpr int64_t PAD = 64;                // columns to which x is padded with zeros
-constexpr int64_t FEW = 4;                 // tokens up to which rows are faster than tiles,
-constexpr int64_t FEW_CODES = 8;           // and of codes
+constexpr int64_t FEW = 4;                 // tokens up to which rows are faster than tiles
 constexpr int64_t MANY = 512;              // tokens that pass by a panel at once
 constexpr int64_t AHEAD = 2048;            // bytes of values asked for before they are needed
 constexpr int64_t SHARE = 1 << 16;         // entries below which a thread is not worth waking
@@ -543,7 +542,7 @@ CodesInput for_codes(const Layer& layer, Set set, const char* x, int64_t some, i
                      std::vector<float>& room, std::vector<float>& sums) {
   const Coded& S = *layer.coded;
   room.assign(slab * up(layer.n), 0.0f);
-  if (layer.kind != BF16 || !codes_in_halves(S, set)) {
+  if (layer.kind != BF16 || !codes_in_halves(S, set, slab)) {
     padded(x, some, layer.n, layer.kind, false, up(layer.n), 1, room);
     return {room.data(), nullptr, up(layer.n)};
   }
@@ -873,7 +872,7 @@ void multiply(const Layer& layer, Set set, int threads, int64_t tokens, const ch
 #if defined(__x86_64__)
     const bool tiles = set == WITH_AMX && layer.kind == BF16 &&
                        (!layer.coded || codes_row(*layer.coded, set, 2));
-    if (tiles && tokens - from > (layer.coded ? FEW_CODES : FEW)) {
+    if (tiles && tokens - from > FEW) {
       some = std::min(MANY, tokens - from);
       (some > 16 ? by_panels : by_tiles)(layer, threads, in, some, out);
       continue;

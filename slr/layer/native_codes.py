@@ -14,10 +14,11 @@ from torch import Tensor
 from slr.layer import native
 from slr.layer.compiled import chosen, library
 
-__all__ = ["KINDS", "CodedMatrix", "most", "multiply", "rows_"]
+__all__ = ["KINDS", "CodedMatrix", "by_rows", "most", "multiply", "rows_"]
 
 FEW = 8  # tokens up to which codes are multiplied as they lie,
 TILED = 1024  # and where there are matrix units for them
+ROWS = 1024  # of S unpacked at a time
 KINDS = (torch.bfloat16, torch.float32)
 
 
@@ -110,6 +111,17 @@ def multiply(
     return _operator(x, *parts) if best is None else _multiply(x, *parts, best)
 
 
+def by_rows(
+    x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The same for many tokens: 1024 rows of S at a time are unpacked, for torch to multiply.
+
+    Cost: 2 tokens (m n + k (m + n)) FLOPs, and unpacking S once.
+    """
+    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept)
+    return _operator_by_rows(x, *parts)
+
+
 def most(dtype: torch.dtype, group: int, columns: int) -> int:
     """Tokens up to which :func:`multiply` is faster than unpacking rows for torch to multiply.
 
@@ -137,16 +149,38 @@ def _multiply(
     return y
 
 
-# torch.ops.slr.native_codes, as slr.native in native.py.
-torch.library.define(
-    "slr::native_codes",
-    "(Tensor x, Tensor planes, Tensor scale, Tensor? zero, Tensor? mask, Tensor? starts, Tensor B,"
-    " Tensor A, Tensor? bias, int bits, int group, int kept) -> Tensor",
-)
-torch.library.impl("slr::native_codes", "default")(_multiply)
+def _by_rows(
+    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, mask: Tensor | None,
+    starts: Tensor | None, B: Tensor, A: Tensor, bias: Tensor | None, bits: int, group: int,
+    kept: int,
+) -> Tensor:  # fmt: skip
+    m, n = len(B), x.shape[-1]
+    S = CodedMatrix((m, n), bits, planes, kept, scale, zero, group, mask, starts)
+    flat = x.reshape(-1, n)
+    y, room = x.new_empty(len(flat), m), x.new_empty(min(ROWS, m), n)
+    for top in range(0, m, ROWS):
+        rows = rows_(room[: min(ROWS, m - top)], S, top)
+        torch.mm(flat, rows.T, out=y[:, top : top + ROWS])
+    if bias is not None:
+        y += bias
+    if B.shape[1]:
+        y.addmm_(flat @ A.T, B.T)
+    return y.view(*x.shape[:-1], m)
+
+
+# Operators of torch, as slr::native in native.py; the second is in Python always.
+def _define(name, function):
+    schema = (
+        "(Tensor x, Tensor planes, Tensor scale, Tensor? zero, Tensor? mask, Tensor? starts, "
+        "Tensor B, Tensor A, Tensor? bias, int bits, int group, int kept) -> Tensor"
+    )
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default")(function)
+    fake = lambda x, *parts: x.new_empty(*x.shape[:-1], parts[5].shape[0])  # noqa: E731
+    torch.library.register_fake(name, fake)
+
+
+_define("slr::native_codes", _multiply)
+_define("slr::native_codes_by_rows", _by_rows)
 _operator = torch.ops.slr.native_codes.default
-
-
-@torch.library.register_fake("slr::native_codes")
-def _(x, planes, scale, zero, mask, starts, B, A, bias, bits, group, kept):
-    return x.new_empty(*x.shape[:-1], B.shape[0])
+_operator_by_rows = torch.ops.slr.native_codes_by_rows.default
