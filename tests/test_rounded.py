@@ -212,7 +212,8 @@ def coded_matrix(m, n, grid, mask, seed=0):
 @pytest.mark.skipif(native.missing() != "", reason="no compiler")
 @given(
     m=st.one_of(st.integers(1, 9), st.sampled_from([37, 144])), n=st.integers(1, 300),
-    bits=st.integers(2, 8), group=st.sampled_from([None, 2, 7, 16, 32, 64]), symmetric=st.booleans(), mask=st.booleans(),
+    bits=st.integers(2, 8), group=st.sampled_from([None, 2, 7, 16, 32, 64]),
+    symmetric=st.booleans(), mask=st.booleans(),
     rank=st.integers(0, 20), tokens=st.one_of(st.integers(1, 18), st.sampled_from([33, 70])),
     bias=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
@@ -254,6 +255,26 @@ def test_kernels_and_torch_agree(mask, tokens, monkeypatch):
     monkeypatch.setattr(RoundedLinear, "_native", lambda self, x: False)
     slow = layer(x)
     assert float((fast - slow).float().norm() / slow.float().norm()) < 0.01
+
+
+@pytest.mark.skipif(native.missing() != "", reason="no compiler")
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("tokens", "name"), [(1, "native_codes"), (40, "native_codes_by_rows")])
+def test_it_is_compiled_and_exported_as_one_operator(mask, tokens, name):
+    layer = layer_of(refined(48, 40, 3, mask=mask))
+    x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(3))
+    operator = getattr(torch.ops.slr, name).default
+    y, (S, B, A) = layer(x), layer.ready
+    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, None, S.bits, S.group, S.kept)
+    torch.library.opcheck(operator, (x, *parts), test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(operator(x, *parts), y)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), y)
+    assert [n.target for n in program.graph.nodes if "slr" in str(n.target)] == [operator]
+    again = copy.deepcopy(layer)
+    assert again.ready[0].planes.data_ptr() == again.codes.data_ptr() != layer.codes.data_ptr()
 
 
 def test_a_damaged_state_is_told_by_its_name_and_an_empty_model_is_filled_later():

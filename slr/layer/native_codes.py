@@ -111,9 +111,7 @@ def multiply(
     return _operator(x, *parts) if best is None else _multiply(x, *parts, best)
 
 
-def by_rows(
-    x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def by_rows(x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same for many tokens: 1024 rows of S at a time are unpacked, for torch to multiply.
 
     Cost: 2 tokens (m n + k (m + n)) FLOPs, and unpacking S once.
