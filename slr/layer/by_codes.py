@@ -29,8 +29,12 @@ class ByCodes(SLRLinear):
     scale: Tensor
     zero: Tensor | None
     grid: Grid
-    coded_factors: bool
     ready: tuple[CodedMatrix, Tensor | None, Tensor | None] | None
+
+    @property
+    def coded_factors(self) -> bool:
+        """Whether B and A are stored as codes."""
+        return "B" not in self._parameters
 
     def _prepare(self) -> None:
         """Make ready for our kernels, where the tensors are now."""

@@ -214,11 +214,6 @@ class RoundedLinear(ByCodes):
         return self.like.dtype
 
     @property
-    def coded_factors(self) -> bool:
-        """Whether B and A are stored as codes."""
-        return "B" not in self._parameters
-
-    @property
     def rank(self) -> int:
         """Rank k of the low-rank part, 0 if there is none."""
         return (self._buffers["A_codes"] if self.coded_factors else self.A).shape[0]  # type: ignore[union-attr]
