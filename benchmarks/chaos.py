@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import slr
-from slr.checkpoint import exporting, work
+from slr.checkpoint import exporting, gguf_export, work
 from slr.checkpoint.digests import sha256
 from slr.evaluate.origin import provenance
 
@@ -45,6 +45,7 @@ METHODS = {
     "losparse": slr.LoSparse(steps=2, **BRIEF),
     "peft": "peft",
     "dense": "dense",
+    "gguf": "gguf",
 }
 
 
@@ -171,9 +172,14 @@ class Lab:
         shutil.rmtree(out)
 
 
+def whole(out: Path) -> bool:
+    """Is the finished folder there?"""
+    return (out / "config.json").exists() or (out / "base.gguf").exists()
+
+
 def finish(lab: Lab, row: Row, method: str, out: Path) -> None:
     """Give the command again after a kill, and judge."""
-    complete = (out / "config.json").exists()  # killed after the last rename
+    complete = whole(out)  # killed after the last rename
     code = lab.fork(method, out)
     if code != (2 if complete else 0):
         row.add("wrong", f"{method}: exit {code}, {lab.error()}")
@@ -184,17 +190,18 @@ def finish(lab: Lab, row: Row, method: str, out: Path) -> None:
 
 
 def kills(lab: Lab, count: int) -> Iterator[Row]:
-    """SIGKILL at every file operation of one run, and at random moments of all methods."""
+    """SIGKILL at every file operation of two runs, and at random moments of all methods."""
     out = lab.work / "out"
-    lab.calm_of("magnitude")
-    row = Row("killed at every file operation")
-    last = lab.cost["magnitude"][0]
-    for moment in range(1, last + 1, max(1, last // count)):
-        if lab.fork("magnitude", out, kill_at=moment) != -signal.SIGKILL:
-            row.add("wrong", f"no kill at {moment}")
-        else:
-            finish(lab, row, "magnitude", out)
-    yield row
+    for method, name in (("magnitude", ""), ("gguf", ": gguf")):  # two ways to go on
+        lab.calm_of(method)
+        row = Row(f"killed at every file operation{name}")
+        last = lab.cost[method][0]
+        for moment in range(1, last + 1, max(1, last // count)):
+            if lab.fork(method, out, kill_at=moment) != -signal.SIGKILL:
+                row.add("wrong", f"{method}: no kill at {moment}")
+            else:
+                finish(lab, row, method, out)
+        yield row
     for method in METHODS:
         lab.calm_of(method)
         operations, seconds = lab.cost[method]
@@ -208,7 +215,7 @@ def kills(lab: Lab, count: int) -> Iterator[Row]:
                     time.sleep(lab.draw.uniform(0, seconds))
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
-                if (out / "config.json").exists():
+                if whole(out):
                     break
             finish(lab, row, method, out)
         yield row
@@ -246,10 +253,10 @@ def disk(at: Path, kilobytes: int) -> Iterator[bool]:
 
 def disks(lab: Lab, count: int) -> Iterator[Row]:
     """The disk is full before the end: said in one line, and with more room the run goes on."""
-    methods = ["magnitude", "wanda, weights", "cap", "peft"]
+    methods = ["magnitude", "wanda, weights", "cap", "peft", "gguf"]
     row, at = Row("disk full"), lab.work / "disk"
     check = work.check_space  # it would say so before anything is written
-    work.check_space = exporting.check_space = lambda *_: None
+    work.check_space = exporting.check_space = gguf_export.check_space = lambda *_: None
     for trial in range(max(4, count // 10)):
         method = methods[trial % len(methods)]
         lab.calm_of(method)
@@ -265,7 +272,7 @@ def disks(lab: Lab, count: int) -> Iterator[Row]:
                 row.add("wrong", f"{method}: exit {code}, {lab.error()}")
             else:
                 lab.judge(row, method, at / "out")
-    work.check_space = exporting.check_space = check
+    work.check_space = exporting.check_space = gguf_export.check_space = check
     yield row
 
 

@@ -192,6 +192,46 @@ def test_the_operator_is_well_formed_and_compiles_without_a_break():
         assert torch.equal(program.module()(x), layer(x))
 
 
+def test_where_nothing_is_differentiated_compilers_call_c_plus_plus():
+    arguments, _, exact, _ = problem(12, 24, 3, 5, torch.float32)
+    x, v, bits, starts, *rest = arguments
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.slr.native.default, arguments, test_utils=checks)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("slr::native", "CPU")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("slr::native_codes", "CPU")
+    y = torch.ops.slr.native(*arguments)
+    assert torch.equal(y, native._multiply(*arguments))
+    assert torch.allclose(y.double(), exact, atol=1e-4)
+    apart = x.mT.contiguous().mT, v.repeat_interleave(2)[::2], bits, starts, *rest
+    assert torch.equal(torch.ops.slr.native(*apart), y)
+    with pytest.raises(RuntimeError, match="x must be bfloat16"):
+        torch.ops.slr.native(x.double(), *arguments[1:])
+    layer = slr.SLRLinear.from_linear(torch.nn.Linear(24, 12), pattern=0.5, rank=3)
+    program = torch.export.export(layer.requires_grad_(False), (x,))
+    assert any(node.target is torch.ops.slr.native.default for node in program.graph.nodes)
+
+
+def test_without_torchs_headers_the_operators_stay_in_python(tmp_path):
+    (tmp_path / "operators.cpp").write_text("#error no headers\n")
+    code = (
+        "import pathlib, torch, slr; from slr.layer import compiled, native\n"
+        f"compiled.OPERATORS = pathlib.Path({str(tmp_path / 'operators.cpp')!r})\n"
+        "layer = slr.SLRLinear.from_linear(torch.nn.Linear(24, 12), pattern=0.5, rank=3)\n"
+        "print(compiled.library().operators, compiled.library().missing, layer.few)\n"
+        "with torch.no_grad():\n"
+        "    x = torch.randn(3, 24)\n"
+        "    assert torch.allclose(layer(x), x @ layer.dense().T + layer.bias, atol=1e-4)\n"
+        "    fast = torch.compile(layer, backend='aot_eager', fullgraph=True)\n"
+        "    assert torch.equal(fast(x), layer(x))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env={**os.environ, "SLR_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "native"]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_whole_compressed_model_is_exported_by_torch(dynamic, tmp_path):
     slr.compress("tiny", slr.Recipe("magnitude", rank=4, iterations=2), out=tmp_path / "c")

@@ -1,7 +1,8 @@
 """The shared library of our C++ files: compiled when first needed, kept in the user's cache.
 
 It takes a C++ compiler (``$CXX``, ``c++``, ``g++`` or ``clang++``) and some seconds, once.  Without
-one, or with ``SLR_NATIVE=0``, layers multiply by torch's own operations.  Book: chapter 15.
+one, or with ``SLR_NATIVE=0``, layers multiply by torch's own operations.  Where torch's headers are
+of no use, its operators of the kernels stay in Python.  Book: chapter 15.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ import torch
 
 __all__ = ["SETS", "Library", "cache_folder", "chosen", "library"]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "codes.cpp"))
+HERE = Path(__file__).parent
+SOURCES = (HERE / "native.cpp", HERE / "codes.cpp")
+OPERATORS = HERE / "operators.cpp"
 SETS = ("portable", "avx2", "avx512", "amx")  # as `Set` in native.cpp
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=default")
 SECONDS = 600  # a compiler takes a few; it may be on a slow disk
@@ -35,8 +40,9 @@ class Library:
     """The functions of our C++ files, the best instruction set here, or why there are none.
 
     Attributes:
-        few, spread, starts: ``slr_few`` and so on; see ``native.cpp``.
-        codes_rows, codes_few: see ``codes.cpp``.
+        few, codes, spread, starts: ``slr_few`` and so on; see ``native.cpp``.
+        codes_rows: see ``codes.cpp``.
+        operators: whether torch's operators of them are in it as well; see ``operators.cpp``.
         best: an index of :data:`SETS`.
         missing: why there is no library; empty if there is one.
     """
@@ -51,11 +57,11 @@ class Library:
         self.spread.argtypes = [Int] * 3 + [Long] * 4 + [At, Long, At, At, Long, At]
         self.starts.argtypes = [Int] * 2 + [Long] * 2 + [At, At]
         self.few.restype = self.spread.restype = None
-        self.codes_rows, self.codes_few = loaded.slr_codes_rows, loaded.slr_codes_few
+        self.codes, self.codes_rows = loaded.slr_codes, loaded.slr_codes_rows
+        self.codes.argtypes = [Int] * 3 + [Long, At, Long] + [At] * 5
         self.codes_rows.argtypes = [Int] * 3 + [At, Long, Long, At]
-        self.codes_few.argtypes = [Int] * 2 + [At, Long, Long, At, At, At]
-        self.codes_rows.restype = self.codes_few.restype = None
-        self.best = loaded.slr_set()
+        self.codes.restype = self.codes_rows.restype = None
+        self.best, self.operators = loaded.slr_set(), hasattr(loaded, "slr_operators")
 
 
 def cache_folder() -> Path:
@@ -108,7 +114,8 @@ def _compiler() -> str | None:
 
 def _kept(compiler: str) -> Library:
     """From the cache, else compiled into it; where nothing can be kept, for this process alone."""
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    every = (*SOURCES, OPERATORS, HERE / "codes.h")
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in every))
     key.update(f"{compiler} {FLAGS} {torch.__version__} {torch.__file__}".encode())
     file = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
     if file.is_file():
@@ -130,24 +137,38 @@ def _kept(compiler: str) -> Library:
 
 
 def _compile(compiler: str, folder: Path) -> Path:
-    """Compile and link in a folder: with threads if the compiler can, and torch's own of them.
-
-    Two OpenMP libraries in one process would each keep threads of their own, which wait for one
-    another's cores.
-    """
-    made, parts = folder / "native.so", [folder / f"{source.stem}.o" for source in SOURCES]
-    own = glob.glob(str(Path(torch.__file__).parent / "lib" / "lib*omp*.so*"))
-    for threads in (["-fopenmp"], []):
+    """Compile and link in a folder: with threads and operators, if the compiler can."""
+    for threads, operators in product((True, False), repeat=2):
         try:
-            for source, part in zip(SOURCES, parts, strict=True):
-                _run(compiler, *FLAGS, *threads, "-c", str(source), "-o", str(part))
-            link = own[:1] if threads and own else threads
-            _run(compiler, "-shared", *map(str, parts), *link, "-o", str(made))
-            return made
+            return _build(compiler, folder, threads, operators)
         except subprocess.CalledProcessError:
-            if not threads:
+            if not threads and not operators:
                 raise
     raise AssertionError("unreachable")
+
+
+def _build(compiler: str, folder: Path, threads: bool, operators: bool) -> Path:
+    """The library.
+
+    Its threads are torch's own: two OpenMP libraries in one process would each keep some, which
+    wait for one another's cores.
+    """
+    made, theirs = folder / "native.so", Path(torch.__file__).parent
+    sources = [*SOURCES, OPERATORS] if operators else SOURCES
+    flags = {source: ["-fopenmp"] if threads else [] for source in SOURCES}
+    flags[OPERATORS] = ["-I", str(theirs / "include")]
+    parts = [str(folder / f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, part: str) -> None:
+        _run(compiler, *FLAGS, *flags[source], "-c", str(source), "-o", part)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, sources, parts))
+    own = glob.glob(str(theirs / "lib" / "lib*omp*.so*"))[:1]
+    link = (own or ["-fopenmp"]) if threads else []
+    link += [str(theirs / "lib" / "libtorch_cpu.so")] if operators else []
+    _run(compiler, "-shared", *parts, *link, "-o", str(made))
+    return made
 
 
 def _run(*command: str) -> None:

@@ -1,7 +1,8 @@
 """y = S x + B (A x) + b for few tokens: the operator of our own kernels, and its gradients.
 
 They are :mod:`slr.layer.native` on a CPU and :mod:`slr.layer.kernels` on a GPU.  Compilers call
-``torch.ops.slr.few_tokens`` as it is.  Book: chapter 15.
+``torch.ops.slr.few_tokens`` as it is, or on a CPU, where nothing is differentiated,
+``torch.ops.slr.native``, which has no Python in it.  Book: chapter 15.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slr.layer import native
-from slr.layer.product import gradients, wants_operator
+from slr.layer.product import differentiates, gradients, wants_operator
 
 __all__ = ["few_tokens"]
 
@@ -37,7 +38,9 @@ def few_tokens(
     Raises:
         ImportError: Triton is not installed.
     """
-    run = _few if wants_operator(x, values, B, A, bias) else _launch
+    own = backend == "native"  # an operator itself
+    wanted = differentiates if own else wants_operator
+    run = _few if wanted(x, values, B, A, bias) else _launch
     return run(x, values, bitmask, starts, B, A, bias, two_four, backend)
 
 

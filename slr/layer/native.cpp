@@ -12,9 +12,9 @@
 // Plain C++17 with no header but the compiler's; the instruction set is chosen when it runs.
 // Compiled and called by native.py.  Book: chapter 15.
 
-#include <algorithm>
+#include "codes.h"
+
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -508,6 +508,7 @@ struct Layer {
   const int64_t* starts;  // where the values of each row begin, or null if each keeps `each`
   int64_t each;
   const char *B, *A, *bias;
+  const Coded* coded = nullptr;  // if S is of codes; then the six before B are not read
 
   Row row(int64_t r) const {
     const int64_t start = starts ? starts[r] : r * each;
@@ -517,6 +518,12 @@ struct Layer {
   Row row_of_B(int64_t r) const { return {B + r * k * size, B + m * k * size, nullptr, 0, 0, k}; }
   float bias_of(int64_t r) const { return bias ? wide(bias, r, kind) : 0.0f; }
   int64_t entries() const { return m * n; }
+  // Columns of a row of codes, in bfloat16, then zeros up to `up(columns)`.
+  int64_t unpack(CodesRow by, int64_t r, int64_t from, int64_t column, int64_t columns,
+                 char* out) const {
+    std::memset(out + 2 * columns, 0, 2 * (up(columns) - columns));
+    return by(*coded, r, from, column, columns, out);
+  }
 };
 
 // Which of `count` rows are mine: from the first to before the second.
@@ -530,6 +537,21 @@ struct Share {
   int64_t to(int64_t count) const { return count * (mine + 1) / all; }
 };
 
+// Tokens as codes want them.  `room` and `sums` keep them.
+CodesInput for_codes(const Layer& layer, Set set, const char* x, int64_t some, int slab,
+                     std::vector<float>& room, std::vector<float>& sums) {
+  const Coded& S = *layer.coded;
+  room.assign(slab * up(layer.n), 0.0f);
+  if (layer.kind != BF16 || !codes_in_halves(S, set, slab)) {
+    padded(x, some, layer.n, layer.kind, false, up(layer.n), 1, room);
+    return {room.data(), nullptr, up(layer.n)};
+  }
+  sums.assign(slab * codes_sums(S), 0.0f);
+  codes_input(S, reinterpret_cast<const uint16_t*>(x), some,
+              reinterpret_cast<uint16_t*>(room.data()), sums.data());
+  return {room.data(), sums.data(), up(layer.n)};
+}
+
 // y (some, m) for the tokens of one slab, row by row.
 void by_rows(const Layer& layer, Set set, int threads, const char* x, int64_t some, char* y) {
   thread_local std::vector<float> room, low;
@@ -542,12 +564,19 @@ void by_rows(const Layer& layer, Set set, int threads, const char* x, int64_t so
                           by_column, room);
   low.assign(layer.k ? slab * short_ : 0, 0.0f);
   float* const t = low.data();
+  thread_local std::vector<float> mine, groups;
+  const CodesInput from_codes =
+      layer.coded ? for_codes(layer, set, x, some, slab, mine, groups) : CodesInput{};
+  const CodesTimes times_codes =
+      layer.coded ? codes_times(*layer.coded, set, from_codes.sums, slab) : nullptr;
   const Times plain = times_of<PLAIN>(layer.kind, set, slab);
   const Times sparse = times_of<SPARSE>(layer.kind, set, slab);
   const Times fast = times_of<SWIFT>(layer.kind, set, slab);
 #pragma omp parallel num_threads(threads)
   {
     const Share share;
+    thread_local std::vector<float> own;
+    if (layer.coded) own.resize(std::max<size_t>(own.size(), codes_room(*layer.coded)));
     for (int64_t r = share.from(layer.k); r < share.to(layer.k); r++) {
       float sums[16] = {};
       plain(layer.row_of_A(r), in, width, sums);
@@ -563,8 +592,12 @@ void by_rows(const Layer& layer, Set set, int threads, const char* x, int64_t so
 #pragma omp barrier
     for (int64_t r = share.from(layer.m); r < share.to(layer.m); r++) {
       float sums[16] = {};
-      const Row row = layer.row(r);
-      (swift(row, layer.size) ? fast : sparse)(row, in, width, sums);
+      if (layer.coded) {
+        times_codes(*layer.coded, r, from_codes, own.data(), sums);
+      } else {
+        const Row row = layer.row(r);
+        (swift(row, layer.size) ? fast : sparse)(row, in, width, sums);
+      }
       if (layer.k) plain(layer.row_of_B(r), t, short_, sums);
       for (int64_t i = 0; i < some; i++)
         narrow(sums[i] + layer.bias_of(r), y, i * layer.m + r, layer.kind);
@@ -645,6 +678,7 @@ void by_tiles(const Layer& layer, int threads, const char* x, int64_t some, char
     for (Sixteen& each : two) each.reserve(layer.n);
     const Share share;
     const int64_t blocks = (layer.m + 15) / 16;
+    const CodesRow unpack = layer.coded ? codes_row(*layer.coded, WITH_AMX, 2) : nullptr;
     set_tiles();
     factors(layer, share, in, 0, t, 0, 1);
 #pragma omp barrier
@@ -655,7 +689,10 @@ void by_tiles(const Layer& layer, int threads, const char* x, int64_t some, char
       Sixteen& mine = two[b % 2];
       for (int64_t i = 0; i < 16 && b < to; i++) {
         char* const out = mine.rows + i * mine.stride;
-        if (16 * b + i < layer.m) {
+        if (16 * b + i < layer.m && layer.coded) {
+          layer.unpack(unpack, 16 * b + i, layer.coded->start(16 * b + i), 0, layer.n, out);
+          while (before.step * 16 < before.steps * (i + 1)) step_on(before);
+        } else if (16 * b + i < layer.m) {
           const Row row = layer.row(16 * b + i);
           (swift(row, 2) ? spread_beside<SWIFT> : spread_beside<SPARSE>)(row, out, before);
         } else {
@@ -759,6 +796,8 @@ void by_panels(const Layer& layer, int threads, const char* x, int64_t tokens, c
     thread_local Panel panel;
     panel.reserve(high, std::max(layer.n, layer.k), 16 * groups);
     const char* next_values[128];
+    int64_t next_codes[128];
+    const CodesRow unpack = layer.coded ? codes_row(*layer.coded, WITH_AMX, 2) : nullptr;
     set_tiles();
     for (int64_t g = share.from(groups); g < share.to(groups); g++)
       paired(x + 32 * g * layer.n, std::clamp<int64_t>(tokens - 16 * g, 0, 16), layer.n,
@@ -770,13 +809,20 @@ void by_panels(const Layer& layer, int threads, const char* x, int64_t tokens, c
     for (int64_t p = share.from(panels); p < share.to(panels); p++) {
       const int64_t top = p * high, rows = std::min(high, layer.m - top);
       std::fill(panel.sums.begin(), panel.sums.end(), 0.0f);
-      for (int64_t i = 0; i < rows; i++) next_values[i] = layer.row(top + i).values;
+      for (int64_t i = 0; i < rows && !layer.coded; i++)
+        next_values[i] = layer.row(top + i).values;
+      for (int64_t i = 0; i < rows && layer.coded; i++)
+        next_codes[i] = layer.coded->start(top + i);
       for (int64_t c = 0; c < layer.n; c += WIDE) {
         const int64_t columns = std::min(WIDE, layer.n - c);
         for (int64_t i = 0; i < high; i++) {
           char* const out = panel.rows + i * panel.stride;
           if (i >= rows || columns % 32) std::memset(out, 0, 2 * up(columns));
           if (i >= rows) continue;
+          if (layer.coded) {
+            next_codes[i] = layer.unpack(unpack, top + i, next_codes[i], c, columns, out);
+            continue;
+          }
           Row row = layer.row(top + i);
           row.values = next_values[i], row.at += c, row.n = columns;
           next_values[i] =
@@ -815,6 +861,28 @@ bool tiles() {
 
 #endif
 
+// y (tokens, m) by the way that is fast for as many tokens.
+void multiply(const Layer& layer, Set set, int threads, int64_t tokens, const char* x, char* y) {
+  const int64_t most = layer.coded || set < WITH_AVX512 ? 8 : 16;
+  threads = int(std::clamp<int64_t>(layer.entries() / SHARE, 1, threads));
+  int64_t some = 0;
+  for (int64_t from = 0; from < tokens; from += some) {
+    const char* const in = x + from * layer.n * layer.size;
+    char* const out = y + from * layer.m * layer.size;
+#if defined(__x86_64__)
+    const bool tiles = set == WITH_AMX && layer.kind == BF16 &&
+                       (!layer.coded || codes_row(*layer.coded, set, 2));
+    if (tiles && tokens - from > FEW) {
+      some = std::min(MANY, tokens - from);
+      (some > 16 ? by_panels : by_tiles)(layer, threads, in, some, out);
+      continue;
+    }
+#endif
+    some = std::min(most, tokens - from);
+    by_rows(layer, set, threads, in, some, out);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -835,28 +903,21 @@ int slr_set() {
 
 // y (tokens, m) = S x + B (A x) + b.  x (tokens, n), A (k, n), B (m, k), b (m) or null, all of one
 // kind and contiguous.
-void slr_few(int kind, int set_, int threads, int64_t tokens, int64_t m, int64_t n, int64_t k,
+void slr_few(int kind, int set, int threads, int64_t tokens, int64_t m, int64_t n, int64_t k,
              const char* x, const char* values, int64_t count, const uint8_t* bits,
              const int64_t* starts, int64_t each, const char* B, const char* A, const char* bias,
              char* y) {
-  const Set set = Set(set_);
-  const int64_t size = kind == F32 ? 4 : 2, most = set >= WITH_AVX512 ? 16 : 8;
-  const Layer layer{Kind(kind), m, n, k, size, values, count, bits, starts, each, B, A, bias};
-  threads = int(std::clamp<int64_t>(layer.entries() / SHARE, 1, threads));
-  int64_t some = 0;
-  for (int64_t from = 0; from < tokens; from += some) {
-    const char* const in = x + from * n * size;
-    char* const out = y + from * m * size;
-#if defined(__x86_64__)
-    if (set == WITH_AMX && kind == BF16 && tokens - from > FEW) {
-      some = std::min(MANY, tokens - from);
-      (some > 16 ? by_panels : by_tiles)(layer, threads, in, some, out);
-      continue;
-    }
-#endif
-    some = std::min(most, tokens - from);
-    by_rows(layer, set, threads, in, some, out);
-  }
+  const int64_t size = kind == F32 ? 4 : 2;
+  multiply({Kind(kind), m, n, k, size, values, count, bits, starts, each, B, A, bias}, Set(set),
+           threads, tokens, x, y);
+}
+
+// The same with S of codes.
+void slr_codes(int kind, int set, int threads, int64_t tokens, const Coded* S, int64_t k,
+               const char* x, const char* B, const char* A, const char* bias, char* y) {
+  const int64_t size = kind == F32 ? 4 : 2;
+  multiply({Kind(kind), S->m, S->n, k, size, nullptr, 0, nullptr, nullptr, 0, B, A, bias, S},
+           Set(set), threads, tokens, x, y);
 }
 
 // Where the values of each row begin, (m + 1); returns whether rows keep different numbers.

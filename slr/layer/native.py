@@ -69,16 +69,9 @@ def row_starts(bitmask: Tensor, shape: tuple[int, int]) -> Tensor | None:
 
 
 def multiply(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    starts: Tensor | None,
-    B: Tensor,
-    A: Tensor,
-    bias: Tensor | None,
-    *,
-    best: str | None = None,
-) -> Tensor:
+    x: Tensor, values: Tensor, bitmask: Tensor, starts: Tensor | None, B: Tensor, A: Tensor,
+    bias: Tensor | None, *, best: str | None = None,
+) -> Tensor:  # fmt: skip
     """y = S x + B (A x) + b, S packed, nothing differentiated.
 
     Args:
@@ -101,6 +94,15 @@ def multiply(
     >>> multiply(torch.eye(2), v, bits, none, torch.ones(2, 1), torch.ones(1, 2), none).tolist()
     [[1.0, 5.0], [4.0, 1.0]]
     """
+    if best is None:
+        return _operator(x, values, bitmask, starts, B, A, bias)
+    return _multiply(x, values, bitmask, starts, B, A, bias, best)
+
+
+def _multiply(
+    x: Tensor, values: Tensor, bitmask: Tensor, starts: Tensor | None, B: Tensor, A: Tensor,
+    bias: Tensor | None, best: str | None = None,
+) -> Tensor:  # fmt: skip
     (m, k), n, kept = B.shape, x.shape[-1], values.numel()
     y = x.new_empty(*x.shape[:-1], m)
     if not (x.is_contiguous() and values.is_contiguous() and B.is_contiguous()
@@ -113,6 +115,21 @@ def multiply(
         B.data_ptr(), A.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return y
+
+
+# torch.ops.slr.native: in C++ where `operators.cpp` was compiled, which has no Python at all.
+torch.library.define(
+    "slr::native",
+    "(Tensor x, Tensor values, Tensor bitmask, Tensor? starts, Tensor B, Tensor A, Tensor? bias)"
+    " -> Tensor",
+)
+torch.library.impl("slr::native", "default")(_multiply)
+_operator = torch.ops.slr.native.default
+
+
+@torch.library.register_fake("slr::native")
+def _(x, values, bitmask, starts, B, A, bias):
+    return x.new_empty(*x.shape[:-1], B.shape[0])
 
 
 def spread_(

@@ -1,4 +1,4 @@
-"""Our own kernels for values that are codes: y = S x + b for few tokens, and rows of S, on a CPU.
+"""Our own kernels for values that are codes: y = S x + B (A x) + b, and rows of S, on a CPU.
 
 They are in ``codes.cpp``, compiled with the others (:mod:`slr.layer.compiled`).  Book: chapter 16.
 """
@@ -6,18 +6,20 @@ They are in ``codes.cpp``, compiled with the others (:mod:`slr.layer.compiled`).
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slr.layer import native
 from slr.layer.compiled import chosen, library
 
-__all__ = ["FEW", "KINDS", "CodedMatrix", "few_tokens", "rows_"]
+__all__ = ["KINDS", "CodedMatrix", "by_rows", "most", "multiply", "rows_"]
 
-FEW = 8  # tokens up to which codes are multiplied as they lie
-KINDS = {torch.bfloat16: 0, torch.float32: 2}  # as `Kind` in codes.cpp
-PAD = 64
+FEW = 8  # tokens up to which codes are multiplied as they lie,
+TILED = 1024  # and where there are matrix units for them
+ROWS = 1024  # of S unpacked at a time
+KINDS = (torch.bfloat16, torch.float32)
 
 
 class _Coded(ctypes.Structure):
@@ -80,43 +82,103 @@ def rows_(out: Tensor, S: CodedMatrix, top: int = 0, *, best: str | None = None)
     """
     struct = S.struct()
     library().codes_rows(
-        KINDS[out.dtype], chosen(best), torch.get_num_threads(), ctypes.addressof(struct), top,
+        out.itemsize, chosen(best), torch.get_num_threads(), ctypes.addressof(struct), top,
         len(out), out.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def few_tokens(
-    x: Tensor, S: CodedMatrix, bias: Tensor | None = None,
-    low: tuple[Tensor, Tensor] | None = None, *, struct: Any = None, best: str | None = None,
+def multiply(
+    x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None, *,
+    best: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = S x + B (A x) + b, in the dtype of x, sums in float32; nothing is differentiated.
+    """y = S x + B (A x) + b; nothing is differentiated.
 
     Args:
-        x: (tokens, n), of any float dtype; meant for up to :data:`FEW` tokens.
+        x: (…, n), of :data:`KINDS`; for :func:`most` tokens or fewer, right for any number.
         S: the matrix.
+        B, A: (m, k) and (k, n), the dtype of `x`, k may be 0.
         bias: (m,).
-        low: B (m, k) and A (k, n) in float32, in which torch is quicker for few tokens.
-        struct: of S, if it was made before.
         best: as for :func:`rows_`.
 
     Returns:
-        (tokens, m).
+        (…, m); sums are in float32, A x is rounded to the dtype; from 9 tokens on matrix units S
+        is rounded to it as well.  Where x is not finite, y may be NaN.
 
-    Cost: reads the codes once for each 8 tokens.
+    Cost: reads codes and factors once for each 8 tokens, or 512 on matrix units.
     """
-    (m, n), tokens = S.shape, len(x)
-    wide = -(-n // PAD) * PAD
-    padded = x.float().contiguous()
-    if wide > n:
-        padded = torch.nn.functional.pad(padded, (0, wide - n))
-    y = torch.empty(tokens, m)
-    own = None if bias is None else bias.float().contiguous()
-    struct = S.struct() if struct is None else struct
-    library().codes_few(
-        chosen(best), torch.get_num_threads(), ctypes.addressof(struct), tokens, wide,
-        padded.data_ptr(), None if own is None else own.data_ptr(), y.data_ptr(),
+    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept)
+    return _operator(x, *parts) if best is None else _multiply(x, *parts, best)
+
+
+def by_rows(x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same for many tokens: 1024 rows of S at a time are unpacked, for torch to multiply.
+
+    Cost: 2 tokens (m n + k (m + n)) FLOPs, and unpacking S once.
+    """
+    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept)
+    return _operator_by_rows(x, *parts)
+
+
+def most(dtype: torch.dtype, group: int, columns: int) -> int:
+    """Tokens up to which :func:`multiply` is faster than unpacking rows for torch to multiply.
+
+    >>> most(torch.float32, 64, 4096)
+    8
+    """
+    fits = group % 16 == 0 or group >= columns
+    return TILED if fits and dtype == torch.bfloat16 and native.tiled() else FEW
+
+
+def _multiply(
+    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, mask: Tensor | None,
+    starts: Tensor | None, B: Tensor, A: Tensor, bias: Tensor | None, bits: int, group: int,
+    kept: int, best: str | None = None,
+) -> Tensor:  # fmt: skip
+    (m, k), n = B.shape, x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], m)
+    x, B, A = (t.contiguous() for t in (x, B, A))
+    struct = CodedMatrix((m, n), bits, planes, kept, scale, zero, group, mask, starts).struct()
+    library().codes(
+        native.DTYPES[x.dtype], chosen(best), torch.get_num_threads(), x.numel() // n,
+        ctypes.addressof(struct), k, x.data_ptr(), B.data_ptr(), A.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(),
     )  # fmt: skip
-    if low is not None:
-        y.addmm_(padded[:, :n] @ low[1].T, low[0].T)
-    return y.to(x.dtype)
+    return y
+
+
+def _by_rows(
+    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, mask: Tensor | None,
+    starts: Tensor | None, B: Tensor, A: Tensor, bias: Tensor | None, bits: int, group: int,
+    kept: int,
+) -> Tensor:  # fmt: skip
+    m, n = len(B), x.shape[-1]
+    S = CodedMatrix((m, n), bits, planes, kept, scale, zero, group, mask, starts)
+    flat = x.reshape(-1, n)
+    y, room = x.new_empty(len(flat), m), x.new_empty(min(ROWS, m), n)
+    for top in range(0, m, ROWS):
+        rows = rows_(room[: min(ROWS, m - top)], S, top)
+        torch.mm(flat, rows.T, out=y[:, top : top + ROWS])
+    if bias is not None:
+        y += bias
+    if B.shape[1]:
+        y.addmm_(flat @ A.T, B.T)
+    return y.view(*x.shape[:-1], m)
+
+
+# Operators of torch, as slr::native in native.py; the second is in Python always.
+def _define(name, function):
+    schema = (
+        "(Tensor x, Tensor planes, Tensor scale, Tensor? zero, Tensor? mask, Tensor? starts, "
+        "Tensor B, Tensor A, Tensor? bias, int bits, int group, int kept) -> Tensor"
+    )
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default")(function)
+    fake = lambda x, *parts: x.new_empty(*x.shape[:-1], parts[5].shape[0])  # noqa: E731
+    torch.library.register_fake(name, fake)
+
+
+_define("slr::native_codes", _multiply)
+_define("slr::native_codes_by_rows", _by_rows)
+_operator = torch.ops.slr.native_codes.default
+_operator_by_rows = torch.ops.slr.native_codes_by_rows.default

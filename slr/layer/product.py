@@ -14,15 +14,21 @@ from torch import Tensor
 
 from slr.layer.packing import blocks, keep
 
-__all__ = ["dense", "gradients", "sparse_linear"]
+__all__ = ["dense", "differentiates", "gradients", "sparse_linear", "wants_operator"]
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Does torch differentiate by one of these?
+
+    >>> differentiates(torch.ones(1), None), differentiates(torch.ones(1, requires_grad=True))
+    (False, True)
+    """
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def wants_operator(first: Tensor, *others: Tensor | None) -> bool:
     """Must torch see an operator?  When it differentiates or compiles, and for meta tensors."""
-    if torch.compiler.is_compiling() or first.is_meta:
-        return True
-    every = (first, *others)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in every)
+    return torch.compiler.is_compiling() or first.is_meta or differentiates(first, *others)
 
 
 def sparse_linear(

@@ -127,6 +127,7 @@ class RoundedLinear(ByCodes):
                 setattr(self, f"{name}_scale", part.levels.scale[:, 0].bfloat16().view(torch.int16))
         if bias is not None:
             self.bias = nn.Parameter(bias)
+        self._prepare()
 
     @classmethod
     def room(
@@ -173,7 +174,7 @@ class RoundedLinear(ByCodes):
                 self.register_buffer(f"{name}_codes", room(rank, long))
                 self.register_buffer(f"{name}_scale", room(rank, kind=torch.int16))
         self.bias = None if bias is None else nn.Parameter(room(bias, kind=dtype), False)
-        self._ready: tuple | None = None
+        self.ready = None
         self.register_buffer("like", room(0, kind=dtype), persistent=False)
         self.register_buffer("cached", None, persistent=False)
 
@@ -193,7 +194,8 @@ class RoundedLinear(ByCodes):
             values = _scale(scale)
             if not bool((values.isfinite() & (values > 0)).all()):
                 raise ValueError("a scale is not a finite number above 0")
-        self.cached = self._ready = None
+        self.cached = None
+        self._prepare()
         return self
 
     @property
@@ -210,11 +212,6 @@ class RoundedLinear(ByCodes):
     def dtype(self) -> torch.dtype:
         """Of what is computed."""
         return self.like.dtype
-
-    @property
-    def coded_factors(self) -> bool:
-        """Whether B and A are stored as codes."""
-        return "B" not in self._parameters
 
     @property
     def rank(self) -> int:
@@ -245,7 +242,8 @@ class RoundedLinear(ByCodes):
             for name, value in found.items():
                 del self._buffers[f"{name}_codes"], self._buffers[f"{name}_scale"]
                 self._parameters[name] = nn.Parameter(value)
-            self.factors = self._ready = None
+            self.factors = None
+            self._prepare()
         return self
 
     @property
@@ -288,9 +286,6 @@ class RoundedLinear(ByCodes):
         self.cached = self._unpacked() if on else None
         return self
 
-    def _prepare(self) -> None:
-        """There is one way to multiply."""
-
     def use_(self, backend: str) -> RoundedLinear:
         """Raises ValueError for any backend but ``"auto"``: codes are unpacked and multiplied."""
         if backend not in ("auto", "dense"):
@@ -300,14 +295,16 @@ class RoundedLinear(ByCodes):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoundedLinear:
-        self._ready = None
-        return nn.Module._apply(self, fn, recurse)
+        nn.Module._apply(self, fn, recurse)
+        self._prepare()
+        return self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_ready": None}
+        return {**self.__dict__, "ready": None}
 
     def __setstate__(self, state: dict) -> None:
         nn.Module.__setstate__(self, state)
+        self._prepare()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
