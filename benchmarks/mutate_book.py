@@ -5,9 +5,10 @@
 A chapter claims to show that the library is right.  Here it runs with a copy of the library in
 which one thing that it teaches is wrong (``benchmarks/_faults.py``), up to the first cell that
 fails.  A fault that no cell fails on is *missed*, even if printed numbers would differ: a reader who
-runs a chapter elsewhere compares no numbers.  First each chapter runs with an unchanged copy, and
-must not fail.  Every result is kept at once; what is there is not run again unless the chapter's
-code, the fault or the module that it is planted in has changed.  Needs the repository.
+runs a chapter elsewhere compares no numbers.  Then the chapter runs with an unchanged copy, as far as
+a fault let it come, and must not fail.  Every result is kept at once; what is there is not run again
+unless the chapter's code, the fault or the module that it is planted in has changed.  Needs the
+repository.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -42,10 +44,10 @@ def chapters() -> dict[int, Path]:
 
 
 def pairs(only: list[int]) -> Iterator[tuple[int, Fault]]:
-    """What is run: each chapter with nothing planted, then with each fault that it has to notice."""
+    """What is run: each chapter with each fault that it has to notice, then with nothing planted."""
     for chapter in only:
-        yield chapter, NOTHING
         yield from ((chapter, fault) for fault in FAULTS if chapter in fault.chapters)
+        yield chapter, NOTHING
 
 
 def code_of(notebook: dict) -> list[tuple[str, str]]:
@@ -54,11 +56,11 @@ def code_of(notebook: dict) -> list[tuple[str, str]]:
     return [(cell["id"], "".join(cell["source"])) for cell in cells]
 
 
-def digest(chapter: int, fault: Fault) -> str:
+def digest(chapter: int, fault: Fault, until: int | None) -> str:
     """Of all that decides a result but the rest of the library."""
     code = code_of(json.loads(chapters()[chapter].read_text(encoding="utf-8")))
     module = "" if fault is NOTHING else (ROOT / "slr" / fault.file).read_text(encoding="utf-8")
-    told = json.dumps([code, fault.changes, module])
+    told = json.dumps([code, fault.changes, module, *([] if until is None else [until])])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -88,8 +90,13 @@ def planted(folder: Path, fault: Fault) -> Iterator[None]:
         file.write_text(right, encoding="utf-8")
 
 
-def run(chapter: Path, folder: Path) -> dict:
+def run(chapter: Path, folder: Path, until: int | None = None) -> dict:
     """The first cell of a chapter that fails with the library in a folder, if one does.
+
+    Args:
+        chapter: a notebook.
+        folder: with ``slr``.
+        until: the last cell to run; all are when ``None``.
 
     Returns:
         ``cell``, its ``id``, its first line and the ``error``, all ``None`` if no cell fails; and
@@ -100,6 +107,8 @@ def run(chapter: Path, folder: Path) -> dict:
     from nbclient.exceptions import CellExecutionError
 
     notebook, started = nbformat.read(chapter, 4), time.perf_counter()
+    if until is not None:
+        del notebook.cells[until + 1 :]
     # No bytecode: a module that is changed and put back within a second looks the same.
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     env |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -131,17 +140,24 @@ def measure(only: list[int], out: Path, fresh: bool) -> dict:
     known = {(row["chapter"], row["fault"]): row for row in told.get("rows", [])}
     with copied() as folder:
         for chapter, fault in pairs(only):
-            key, code = (chapter, fault.name), digest(chapter, fault)
+            until = None if fault is not NOTHING else last_cell(chapter, list(known.values()))
+            key, code = (chapter, fault.name), digest(chapter, fault, until)
             if known.get(key, {}).get("digest") == code:
                 continue
             with planted(folder, fault):
-                found = run(chapters()[chapter], folder)
+                found = run(chapters()[chapter], folder, until)
             known[key] = {"chapter": chapter, "fault": fault.name, **found, "digest": code}
             print(line_of(known[key]), flush=True)
             told = {"command": "python benchmarks/mutate_book.py", **provenance()}
             rows = [known[k] for c, f in pairs(sorted(chapters())) if (k := (c, f.name)) in known]
             write_text(out, json.dumps({**told, "rows": rows}, indent=1) + "\n")
     return json.loads(out.read_text(encoding="utf-8"))
+
+
+def last_cell(chapter: int, rows: list[dict]) -> int | None:
+    """The last cell of a chapter that failed on a fault; ``None`` if one failed on no cell."""
+    cells = [row["cell"] for row in rows if row["chapter"] == chapter and row["fault"] != "nothing"]
+    return None if None in cells else max(cells, default=None)
 
 
 def line_of(row: dict) -> str:
@@ -165,6 +181,7 @@ def main() -> None:
     if not chapters():
         sys.exit("there are no notebooks beside benchmarks; run it in the repository")
     os.nice(5)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no kernel is left behind
     only = [int(number) for number in args.only.split(",") if number] or sorted(chapters())
     rows = measure(only, args.out, args.fresh)["rows"]
     faults = [row for row in rows if row["fault"] != NOTHING.name]
