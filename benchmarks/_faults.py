@@ -33,7 +33,9 @@ class Fault:
         """
         for old, new in self.changes:
             if source.count(old) != 1:
-                raise ValueError(f"{self.name}: {old!r} is {source.count(old)} times in {self.file}")
+                raise ValueError(
+                    f"{self.name}: {old!r} is {source.count(old)} times in {self.file}"
+                )
             source = source.replace(old, new)
         return source
 
@@ -69,7 +71,8 @@ MASKS = [
     fault("second moments not divided by the tokens", (3, 8), "matrix/statistics.py",
           ("self.total.float().div_(self.tokens).triu_()", "self.total.float().triu_()")),
     fault("the first token of each batch is left out", (3, 8), "matrix/statistics.py",
-          ("        rows = self._rows(x)\n        for low", "        rows = self._rows(x)[1:]\n        for low")),
+          ("        rows = self._rows(x)\n        for low",
+           "        rows = self._rows(x)[1:]\n        for low")),
 ]  # fmt: skip
 
 COUNTS = [
@@ -105,8 +108,7 @@ LOW_RANK = [
           ("return weight[..., rows, :] - last[0][..., rows, :] @ last[1]",
            "return weight[..., rows, :]")),
     fault("constant rank instead of the ramp", (5, 6), "matrix/refinement.py",
-          ("return [rank if iterations == 1 else 1 + (rank - 1) * t // last for t in range(iterations)]",
-           "return [rank for t in range(iterations)]")),
+          ("rank if iterations == 1 else 1 + (rank - 1) * t // last for", "rank for")),
     fault("a ramp that arrives early", (5, 6), "matrix/refinement.py",
           ("1 + (rank - 1) * t // last for", "min(rank, 1 + rank * t // last) for")),
     fault("momentum with every schedule", (5, 6), "matrix/refinement.py",
@@ -242,7 +244,8 @@ LAYERS = [
     fault("many tokens by blocks of rows without S x", (15,), "layer/product.py",
           ("torch.mm(x, S.T, out=y[:, some])", "torch.mm(x, 0 * S.T, out=y[:, some])")),
     fault("a backend that cannot be used is taken", (15,), "layer/backends.py",
-          ("    if problem:\n        raise ValueError(f\"backend", "    if problem == backend:\n        raise ValueError(f\"backend")),
+          ("if problem:\n        raise ValueError(f\"backend",
+           "if problem == backend:\n        raise ValueError(f\"backend")),
     fault("a card without units for 2:4 is given them", (15,), "layer/backends.py",
           ("FIRST = (8, 0)  #", "FIRST = (7, 0)  #")),
     fault("a grid that need not hold zero", (16,), "matrix/rounding.py",

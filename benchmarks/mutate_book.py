@@ -4,11 +4,11 @@
 
 A chapter claims to show that the library is right.  Here it runs with a copy of the library in
 which one thing that it teaches is wrong (``benchmarks/_faults.py``), up to the first cell that
-fails.  A fault that no cell fails on is *missed*, even if printed numbers would differ: a reader who
-runs a chapter elsewhere compares no numbers.  Then the chapter runs with an unchanged copy, as far as
-a fault let it come, and must not fail.  Every result is kept at once; what is there is not run again
-unless the chapter's code, the fault or the module that it is planted in has changed.  Needs the
-repository.
+fails.  A fault that no cell fails on is *missed*, even if printed numbers would differ: who runs a
+chapter elsewhere compares no numbers.  Then the chapter runs with an unchanged copy, as far as a
+fault let it come, and must not fail.  Every result is kept at once; what is there is not run again
+unless the chapter's code up to that cell, the fault, or the module that it is planted in has
+changed.  Needs the repository.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def chapters() -> dict[int, Path]:
 
 
 def pairs(only: list[int]) -> Iterator[tuple[int, Fault]]:
-    """What is run: each chapter with each fault that it has to notice, then with nothing planted."""
+    """What is run: a chapter with each fault that it has to notice, then with nothing planted."""
     for chapter in only:
         yield from ((chapter, fault) for fault in FAULTS if chapter in fault.chapters)
         yield chapter, NOTHING
@@ -56,11 +56,22 @@ def code_of(notebook: dict) -> list[tuple[str, str]]:
     return [(cell["id"], "".join(cell["source"])) for cell in cells]
 
 
-def digest(chapter: int, fault: Fault, until: int | None) -> str:
-    """Of all that decides a result but the rest of the library."""
+def digest(chapter: int, fault: Fault, until: str | None) -> str | None:
+    """Of what decides a result, but for the rest of the library; ``None`` if there is none.
+
+    Args:
+        chapter: its number.
+        fault: that is planted.
+        until: id of the last cell that was run; all were when ``None``.
+    """
     code = code_of(json.loads(chapters()[chapter].read_text(encoding="utf-8")))
+    if until is not None:
+        places = [place for place, (name, _) in enumerate(code) if name == until]
+        if not places:
+            return None
+        del code[places[0] + 1 :]
     module = "" if fault is NOTHING else (ROOT / "slr" / fault.file).read_text(encoding="utf-8")
-    told = json.dumps([code, fault.changes, module, *([] if until is None else [until])])
+    told = json.dumps([code, fault.changes, module])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -90,17 +101,17 @@ def planted(folder: Path, fault: Fault) -> Iterator[None]:
         file.write_text(right, encoding="utf-8")
 
 
-def run(chapter: Path, folder: Path, until: int | None = None) -> dict:
+def run(chapter: Path, folder: Path, until: str | None = None) -> dict:
     """The first cell of a chapter that fails with the library in a folder, if one does.
 
     Args:
         chapter: a notebook.
         folder: with ``slr``.
-        until: the last cell to run; all are when ``None``.
+        until: id of the last cell to run; all are when ``None``.
 
     Returns:
-        ``cell``, its ``id``, its first line and the ``error``, all ``None`` if no cell fails; and
-        the ``seconds`` that it took.
+        The ``cell`` by number, its ``id``, its first ``line`` and the ``error``, all ``None`` if no
+        cell fails; and the ``seconds`` that it took.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -108,7 +119,7 @@ def run(chapter: Path, folder: Path, until: int | None = None) -> dict:
 
     notebook, started = nbformat.read(chapter, 4), time.perf_counter()
     if until is not None:
-        del notebook.cells[until + 1 :]
+        del notebook.cells[[cell["id"] for cell in notebook.cells].index(until) + 1 :]
     # No bytecode: a module that is changed and put back within a second looks the same.
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     env |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -136,16 +147,18 @@ def _failed(notebook: dict, error: Exception) -> dict:
 
 def measure(only: list[int], out: Path, fresh: bool) -> dict:
     """All runs of some chapters, kept in a file as they come; all that is there now."""
-    told = json.loads(out.read_text(encoding="utf-8")) if out.is_file() and not fresh else {}
-    known = {(row["chapter"], row["fault"]): row for row in told.get("rows", [])}
+    told = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"rows": []}
+    stale = only if fresh else []
+    known = {(r["chapter"], r["fault"]): r for r in told["rows"] if r["chapter"] not in stale}
     with copied() as folder:
         for chapter, fault in pairs(only):
-            until = None if fault is not NOTHING else last_cell(chapter, list(known.values()))
-            key, code = (chapter, fault.name), digest(chapter, fault, until)
-            if known.get(key, {}).get("digest") == code:
+            key, row = (chapter, fault.name), known.get((chapter, fault.name), {})
+            until = row.get("id") if fault is not NOTHING else last_cell(chapter, known)
+            if row and row["digest"] == digest(chapter, fault, until):
                 continue
             with planted(folder, fault):
-                found = run(chapters()[chapter], folder, until)
+                found = run(chapters()[chapter], folder, None if fault is not NOTHING else until)
+            code = digest(chapter, fault, found["id"] or until)
             known[key] = {"chapter": chapter, "fault": fault.name, **found, "digest": code}
             print(line_of(known[key]), flush=True)
             told = {"command": "python benchmarks/mutate_book.py", **provenance()}
@@ -154,10 +167,13 @@ def measure(only: list[int], out: Path, fresh: bool) -> dict:
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def last_cell(chapter: int, rows: list[dict]) -> int | None:
-    """The last cell of a chapter that failed on a fault; ``None`` if one failed on no cell."""
-    cells = [row["cell"] for row in rows if row["chapter"] == chapter and row["fault"] != "nothing"]
-    return None if None in cells else max(cells, default=None)
+def last_cell(chapter: int, known: dict[tuple[int, str], dict]) -> str | None:
+    """Id of the last cell of a chapter that a fault came to; ``None`` if one failed on no cell."""
+    mine = [row for (number, _), row in known.items() if number == chapter]
+    ids = {row["id"] for row in mine if row["fault"] != NOTHING.name}
+    code = code_of(json.loads(chapters()[chapter].read_text(encoding="utf-8")))
+    found = [name for name, _ in code if name in ids]
+    return None if None in ids or not found else found[-1]
 
 
 def line_of(row: dict) -> str:

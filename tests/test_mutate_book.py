@@ -1,4 +1,4 @@
-"""The faults that are planted while chapters run: they can still be, and all of them were noticed."""
+"""The faults planted while chapters run: they still can be, and every one was noticed."""
 
 import ast
 import json
