@@ -23,7 +23,7 @@ CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb gui
 NEEDED := accelerate filelock numpy psutil pyyaml safetensors tqdm transformers typer
 
 .PHONY: help setup book checked-book test fuzz chaos gpu browser-test lint format notebooks serve clean repo
-.PHONY: student instructor slides grade pdf epub linkcheck resolve
+.PHONY: student instructor slides grade pdf epub linkcheck resolve mutants
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | expand -t 16
@@ -71,6 +71,9 @@ fuzz: .venv/.ready  ## property tests on many random examples (SEED=… repeats 
 chaos: .venv/.ready  ## kill, fill, flip and corrupt, for an hour; two tables
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corrupt.py
+
+mutants: .venv/.ready  ## plant faults in slr while chapters run; every one has to be noticed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutate_book.py
 
 # On a machine whose own Python has torch for CUDA nothing is installed but what is missing, and no
 # network is needed; elsewhere .venv is made first.  GPU="--dry" rehearses on a CPU.
