@@ -51,6 +51,16 @@ function mend(article, page, all) {
     node.parentElement.classList.add("code");
     node.replaceChildren(node.closest(".tag_solution") ? "Solution" : "Code");
   }
+  for (const node of article.querySelectorAll("dl")) {
+    if (node.querySelector(":scope > dt")) continue;  // a list of nothing: a long signature's lines
+    const lines = document.createElement("div");
+    lines.className = "lines";
+    for (const { childNodes } of [...node.children]) {
+      lines.append(document.createElement("div"));
+      lines.lastChild.append(...childNodes);
+    }
+    node.replaceWith(lines);
+  }
   for (const what of ["align", "valign", "halign", "border"])
     for (const node of article.querySelectorAll(`[${what}]`)) node.removeAttribute(what);
   if (!ONE) return [...images];

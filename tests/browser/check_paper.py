@@ -19,6 +19,7 @@ PAGE = r"""<html><head><script>window.MathJax = {"options": {"processHtmlClass":
 <div class="admonition dropdown" id="d"><p class="admonition-title">Answer</p><p>42</p></div>
 <details class="hide above-input"><summary><p class="expanded">Hide</p><p>Show</p></summary>
 <pre>code</pre></details>
+<dl><dt>f(<dl><dd>x,</dd><dd>y</dd></dl>)</dt><dd>does</dd></dl>
 <table><tr><td style="white-space: nowrap">WIDE</td></tr></table>
 <script>boast()</script><noscript><p>without scripts</p></noscript>
 <button>copy</button>
@@ -64,6 +65,7 @@ def collected(one):
         "<summary>Code</summary>",
     ):
         assert kept in body
+    assert '<div class="lines"><div>x,</div><div>y</div></div>' in body
     assert body.count("<svg ") == 2
     assert 'aria-label="S + BA"' in body
     return found[0]
