@@ -177,7 +177,7 @@ MODELS = [
           ('rows[f"{mask}/{repair}"] = row',
            'rows[f"{spec.masks[1 - spec.masks.index(mask)]}/{repair}"] = row')),
     fault("the group of a pattern is forgotten", (10,), "model/recipe.py",
-          ("pattern=parse(pattern, group),", "pattern=parse(pattern),")),
+          ("parse(pattern, group)", "parse(pattern)")),
     fault("an interval of two unpaired means", (9, 10), "chapters/measured.py",
           ("low, high = bootstrap(lower - upper)",
            "one, two = bootstrap(lower), bootstrap(upper)\n"

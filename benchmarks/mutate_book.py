@@ -7,8 +7,8 @@ which one thing that it teaches is wrong (``benchmarks/_faults.py``), up to the 
 fails.  A fault that no cell fails on is *missed*, even if printed numbers would differ: who runs a
 chapter elsewhere compares no numbers.  Then the chapter runs with an unchanged copy, as far as a
 fault let it come, and must not fail.  Every result is kept at once; what is there is not run again
-unless the chapter's code up to that cell, the fault, or the module that it is planted in has
-changed.  Needs the repository.
+unless the fault has changed or the cell that failed on it; ``--fresh`` runs all again.  Needs the
+repository.
 """
 
 import argparse
@@ -56,22 +56,16 @@ def code_of(notebook: dict) -> list[tuple[str, str]]:
     return [(cell["id"], "".join(cell["source"])) for cell in cells]
 
 
-def digest(chapter: int, fault: Fault, until: str | None) -> str | None:
-    """Of what decides a result, but for the rest of the library; ``None`` if there is none.
+def digest(chapter: int, fault: Fault, cells: set[str]) -> str:
+    """Of what a result rests on.
 
     Args:
         chapter: its number.
         fault: that is planted.
-        until: id of the last cell that was run; all were when ``None``.
+        cells: ids of those that failed on it, or (of nothing) on the others; all if there are none.
     """
     code = code_of(json.loads(chapters()[chapter].read_text(encoding="utf-8")))
-    if until is not None:
-        places = [place for place, (name, _) in enumerate(code) if name == until]
-        if not places:
-            return None
-        del code[places[0] + 1 :]
-    module = "" if fault is NOTHING else (ROOT / "slr" / fault.file).read_text(encoding="utf-8")
-    told = json.dumps([code, fault.changes, module])
+    told = json.dumps([[cell for cell in code if cell[0] in cells or not cells], fault.changes])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -101,13 +95,13 @@ def planted(folder: Path, fault: Fault) -> Iterator[None]:
         file.write_text(right, encoding="utf-8")
 
 
-def run(chapter: Path, folder: Path, until: str | None = None) -> dict:
+def run(chapter: Path, folder: Path, cells: set[str] | None = None) -> dict:
     """The first cell of a chapter that fails with the library in a folder, if one does.
 
     Args:
         chapter: a notebook.
         folder: with ``slr``.
-        until: id of the last cell to run; all are when ``None``.
+        cells: ids of those to come to, at least; all if there are none.
 
     Returns:
         The ``cell`` by number, its ``id``, its first ``line`` and the ``error``, all ``None`` if no
@@ -118,8 +112,9 @@ def run(chapter: Path, folder: Path, until: str | None = None) -> dict:
     from nbclient.exceptions import CellExecutionError
 
     notebook, started = nbformat.read(chapter, 4), time.perf_counter()
-    if until is not None:
-        del notebook.cells[[cell["id"] for cell in notebook.cells].index(until) + 1 :]
+    if cells:
+        last = max(number for number, cell in enumerate(notebook.cells) if cell["id"] in cells)
+        del notebook.cells[last + 1 :]
     # No bytecode: a module that is changed and put back within a second looks the same.
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     env |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -148,17 +143,19 @@ def _failed(notebook: dict, error: Exception) -> dict:
 def measure(only: list[int], out: Path, fresh: bool) -> dict:
     """All runs of some chapters, kept in a file as they come; all that is there now."""
     told = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"rows": []}
-    stale = only if fresh else []
-    known = {(r["chapter"], r["fault"]): r for r in told["rows"] if r["chapter"] not in stale}
+    wanted = {(c, f.name) for c, f in pairs(sorted(chapters())) if not (fresh and c in only)}
+    known = {k: row for row in told["rows"] if (k := (row["chapter"], row["fault"])) in wanted}
     with copied() as folder:
         for chapter, fault in pairs(only):
             key, row = (chapter, fault.name), known.get((chapter, fault.name), {})
-            until = row.get("id") if fault is not NOTHING else last_cell(chapter, known)
-            if row and row["digest"] == digest(chapter, fault, until):
+            cells = {row.get("id")} if fault is not NOTHING else failing(chapter, known)
+            cells.discard(None)
+            if row and row["digest"] == digest(chapter, fault, cells):
                 continue
             with planted(folder, fault):
-                found = run(chapters()[chapter], folder, None if fault is not NOTHING else until)
-            code = digest(chapter, fault, found["id"] or until)
+                found = run(chapters()[chapter], folder, cells if fault is NOTHING else set())
+            cells = cells if fault is NOTHING else {found["id"]} - {None}
+            code = digest(chapter, fault, cells)
             known[key] = {"chapter": chapter, "fault": fault.name, **found, "digest": code}
             print(line_of(known[key]), flush=True)
             told = {"command": "python benchmarks/mutate_book.py", **provenance()}
@@ -167,13 +164,11 @@ def measure(only: list[int], out: Path, fresh: bool) -> dict:
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def last_cell(chapter: int, known: dict[tuple[int, str], dict]) -> str | None:
-    """Id of the last cell of a chapter that a fault came to; ``None`` if one failed on no cell."""
+def failing(chapter: int, known: dict[tuple[int, str], dict]) -> set[str]:
+    """Ids of the cells of a chapter that failed on some fault; empty if a fault was missed."""
     mine = [row for (number, _), row in known.items() if number == chapter]
     ids = {row["id"] for row in mine if row["fault"] != NOTHING.name}
-    code = code_of(json.loads(chapters()[chapter].read_text(encoding="utf-8")))
-    found = [name for name, _ in code if name in ids]
-    return None if None in ids or not found else found[-1]
+    return set() if None in ids else ids
 
 
 def line_of(row: dict) -> str:
