@@ -271,11 +271,12 @@ def test_kernels_and_torch_agree(mask, tokens, monkeypatch):
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize(("tokens", "name"), [(1, "native_codes"), (40, "native_codes_by_rows")])
 def test_it_is_compiled_and_exported_as_one_operator(mask, tokens, name):
-    layer = layer_of(refined(48, 40, 3, mask=mask))
+    layer = layer_of(refined(48, 40, 3, mask=mask), torch.arange(48.0)).requires_grad_(False)
     x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(3))
     operator = getattr(torch.ops.slr, name).default
     y, (S, B, A) = layer(x), layer.ready
-    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, None, S.bits, S.group, S.kept)
+    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, layer.bias, S.bits, S.group, S.kept)
+    assert torch.allclose(y, torch.nn.functional.linear(x, layer.dense(), layer.bias), atol=1e-4)
     torch.library.opcheck(operator, (x, *parts), test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(operator(x, *parts), y)
     torch._dynamo.reset()
