@@ -23,7 +23,7 @@ function scale(axis, from, to) {
 function draw(data, chosen, place) {
   const width = Math.max(place.clientWidth, 280), height = Math.min(360, Math.max(260, width / 2));
   const along = chosen.at(-1), lead = chosen.slice(0, -1);
-  const x = scale(data.x, 52, width - 16), y = scale(data.y, height - 46, 12);
+  const x = scale(data.x, 66, width - 16), y = scale(data.y, height - 46, 12);
   place.replaceChildren();
   const svg = element(place, "svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": true });
   for (const [value, words] of data.x.ticks) {
@@ -31,11 +31,11 @@ function draw(data, chosen, place) {
     element(svg, "text", { x: x(value), y: height - 28, "text-anchor": "middle" }, words);
   }
   for (const [value, words] of data.y.ticks) {
-    element(svg, "path", { class: "grid", d: `M52 ${y(value)}H${width - 16}` });
-    element(svg, "text", { x: 46, y: y(value) + 4, "text-anchor": "end" }, words);
+    element(svg, "path", { class: "grid", d: `M66 ${y(value)}H${width - 16}` });
+    element(svg, "text", { x: 60, y: y(value) + 4, "text-anchor": "end" }, words);
   }
   const middle = (height - 34) / 2;
-  element(svg, "text", { x: (width + 36) / 2, y: height - 8, "text-anchor": "middle" }, data.x.label);
+  element(svg, "text", { x: (width + 50) / 2, y: height - 8, "text-anchor": "middle" }, data.x.label);
   element(svg, "text", {
     "text-anchor": "middle", transform: `translate(13 ${middle}) rotate(-90)`,
   }, data.y.label);
