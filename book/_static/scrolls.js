@@ -1,8 +1,12 @@
 // What is wider than its place scrolls; as long as more lies to the right, it fades there (book.css).
 "use strict";
 
+const FADE = 40;  // pixels, 2.5rem in book.css
+
+// A formula in a line has room; what sticks out of it is its hidden text for screen readers.
 function mark(box) {
-  const more = box.scrollWidth - box.clientWidth - box.scrollLeft > 2;
+  const more = box.clientWidth > 2 * FADE
+    && box.scrollWidth - box.clientWidth - box.scrollLeft > 2;
   box.classList.toggle("goes-on", more);
 }
 

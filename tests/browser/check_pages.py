@@ -55,7 +55,7 @@ function scrollers(doc) {
   // Of what goes on to the right: that which does not show it, or no longer does at its end.
   const wide = [...doc.querySelectorAll("article *")].filter((node) => {
     const style = doc.defaultView.getComputedStyle(node);
-    return ["auto", "scroll"].includes(style.overflowX) && node.clientWidth
+    return ["auto", "scroll"].includes(style.overflowX) && node.clientWidth > 80
       && node.scrollWidth > node.clientWidth + 2;
   });
   return { count: wide.length, silent: wide.filter((node) => {
@@ -118,6 +118,8 @@ function look(frame, width) {
     unreachable: controls.filter((node) => { node.focus(); return doc.activeElement !== node; })
       .map((node) => node.outerHTML.slice(0, 120)),
     scrollers: scrollers(doc),
+    faded: [...article.querySelectorAll(".goes-on")].filter((node) => node.clientWidth <= 80)
+      .map((node) => node.parentNode.textContent.slice(0, 80)),
     wrapped: [...article.querySelectorAll("div.highlight pre")].filter(
       (node) => node.clientWidth && view.getComputedStyle(node).whiteSpace !== "pre")
       .map((node) => node.textContent.slice(0, 80)),
@@ -239,6 +241,12 @@ def test_what_scrolls_shows_it(seen):
     found = everywhere(seen, "scrollers")
     assert not {where: at["silent"] for where, at in found.items() if at["silent"]}
     assert any(at["count"] for where, at in found.items() if where.endswith("390"))
+
+
+def test_what_fits_does_not_fade(seen):
+    """A letter in a sentence, narrower than the fade itself, would be lost in it."""
+    bad = {where: found[:3] for where, found in everywhere(seen, "faded").items() if found}
+    assert not bad
 
 
 def test_the_sliders_are_there(seen):
