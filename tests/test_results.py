@@ -123,5 +123,8 @@ def test_llama_cpp_computed_what_slr_does():
         assert rows[outtype]["log p"] < most
     assert round(rows["q8_0"]["KL"], 3) == 0.004
     assert round(rows["q4_0"]["KL"], 2) == 0.30
+    told = {"f32": 56.16, "f16": 56.16, "q8_0": 56.30, "q4_0": 67.42}  # in format.md
+    assert {name: round(row["perplexity, file"], 2) for name, row in rows.items()} == told
+    assert round(found["perplexity"], 2) == 56.16
     for outtype in ("q8_0", "q4_0"):  # llama.cpp's own part
         assert round(rows[outtype]["KL, file"], 3) == 0.003
