@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import slr
+from slr.checkpoint.atomic import write_text
 from slr.evaluate.origin import provenance
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -96,9 +97,7 @@ def keep(result: dict, file: Path) -> None:
     """Writes a result with where it comes from."""
     result |= {"command": "python " + " ".join(sys.argv), **provenance()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.rename(file)
+    write_text(file, json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:

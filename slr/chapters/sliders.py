@@ -64,9 +64,7 @@ def sparsity_and_rank() -> tuple[dict, pd.DataFrame, str]:
             f"{sparsity:.0%} pruned, rank {cell.rank}: perplexity {cell.perplexity:.2f} (dense "
             f"{dense['perplexity']:.2f}), {cell.bytes / 1e6:.2f} MB in the layers "
             f"({cell.bytes / dense['bytes']:.0%} of dense)"
-            for cell in cells.rename(columns={"rank": "k"})
-            .rename(columns={"k": "rank"})
-            .itertuples()
+            for cell in cells.itertuples()
         ]
         lines.append(
             {

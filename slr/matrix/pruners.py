@@ -140,7 +140,7 @@ class Like(Pruner):
 
     Args:
         folder: of the pruned model.
-        other: its matrix (m, n), read when it is wanted; :func:`slr.model.masks.bound` finds it.
+        other: its matrix (m, n), read when it is wanted; :class:`slr.model.masks.Masks` finds it.
     """
 
     name: ClassVar[str] = "like"
@@ -153,15 +153,16 @@ class Like(Pruner):
             raise ValueError(f"prune={str(self)!r} is for a model, whose layers have names")
         weight, pattern = task.weight, task.pattern
         mask = self.other().to(weight.device) != 0
+        density = float(mask.float().mean())
         if isinstance(pattern, NM):
             fits = pattern.verify(mask)
         else:  # rows may differ, as those of SparseGPT do, if the matrix as a whole does not
-            fits = abs(float(mask.float().mean()) - pattern.density) <= SLACK
+            fits = abs(density - pattern.density) <= SLACK
         if not fits:
             raise ValueError(
                 f"its weights in {self.folder} do not have the pattern {pattern}: "
-                f"{float(mask.float().mean()):.1%} of them are not zero; give the pattern that "
-                "they have, by overrides where layers differ"
+                f"{density:.1%} of them are not zero; give the pattern that they have, by overrides "
+                "where layers differ"
             )
         return Pruned(mask, weight * mask)
 
