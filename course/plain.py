@@ -8,34 +8,31 @@ import re
 from functools import cache
 from pathlib import Path
 
+from pybtex.database import parse_file
+from pybtex.richtext import Text
+
 BIBLIOGRAPHY = Path(__file__).resolve().parent.parent / "book" / "references.bib"
 STATEMENT = re.compile(
     r"^:::\{prf:(\w+)\}(?: ([^\n]*))?\n((?::\w+:[^\n]*\n)*)\n*(.*?)\n*^:::$", re.M | re.S
 )
 EQUATION = re.compile(r"\s*\$\$ \(eq-(\d+)-(\d+)\)$", re.M)
 CITATION = re.compile(r"\{cite(:t)?\}`([^`]+)`")
-ENTRY = re.compile(r"^@\w+\{(\w+),(.*?)^\}", re.M | re.S)
-FIELD = re.compile(r"^\s*(\w+)\s*=\s*\{(.*?)\},?$", re.M)
 # To another page of the book, or to a place in one; links to chapters and to the web stay.
 BOUND = re.compile(r"\[([^\]\n]+)\]\((?!https?:|\d\d_\w+\.ipynb\))[^)\s]*\)")
 END = "<!-- end -->"  # of what is stated in several paragraphs
-LETTERS = {r"{\'e}": "é", r"{\`e}": "è", r"{\c c}": "ç", r"{\"o}": "ö", r"{\"u}": "ü"}
 
 
 @cache
 def sources() -> dict[str, tuple[str, str]]:
     """Authors and year of every entry of the bibliography."""
     found = {}
-    for key, body in ENTRY.findall(BIBLIOGRAPHY.read_text(encoding="utf-8")):
-        fields = dict(FIELD.findall(body))
-        names = fields.get("author", fields["title"]).split(" and ")
-        family = names[0].split(",")[0]
-        for letter, plain in LETTERS.items():
-            family = family.replace(letter, plain)
-        others = " et al." if len(names) > 2 or "others" in names[1:] else ""
+    for key, entry in parse_file(BIBLIOGRAPHY).entries.items():
+        people = [person.prelast_names + person.last_names for person in entry.persons["author"]]
+        names = [str(Text.from_latex(" ".join(family))) for family in people]
+        others = " et al." if len(names) > 2 or "others" in names else ""
         if len(names) == 2 and not others:
-            others = f" and {names[1].split(',')[0]}"
-        found[key] = f"{family.strip('{}')}{others}", fields["year"]
+            others = f" and {names[1]}"
+        found[key] = f"{names[0]}{others}", entry.fields["year"]
     return found
 
 

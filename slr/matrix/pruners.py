@@ -161,8 +161,8 @@ class Like(Pruner):
         if not fits:
             raise ValueError(
                 f"its weights in {self.folder} do not have the pattern {pattern}: "
-                f"{density:.1%} of them are not zero; give the pattern that they have, by overrides "
-                "where layers differ"
+                f"{density:.1%} of them are not zero; give the pattern that they have, by "
+                "overrides where layers differ"
             )
         return Pruned(mask, weight * mask)
 
