@@ -4,23 +4,18 @@ A page of our own loads every page of the book in a frame, 1280 and 390 pixels w
 on localhost, and looks at what the reader would see.  Needs Chromium or Chrome on the PATH.
 """
 
-import functools
-import http.server
 import json
-import re
-import shutil
-import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
+from book import browser
+
 ROOT = Path(__file__).parent.parent.parent
 BOOK = ROOT / "_build" / "html"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = (1280, 390)
 # The theme tells the console what it does.
-TOLD = ("[PST]", "[togglebutton]", "Got invalid theme mode")
+THEIRS = ("[PST]", "[togglebutton]", "Got invalid theme mode")
 
 LOOK = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS, found = {};
@@ -141,10 +136,7 @@ function look(frame, width) {
       frame.remove();
     }
   }
-  const done = document.createElement("pre");
-  done.id = "found";
-  done.textContent = encodeURIComponent(JSON.stringify(found));
-  document.body.replaceChildren(done);
+  await fetch("/-/told", { method: "POST", body: JSON.stringify(found) });
 })();
 </script>"""
 
@@ -157,52 +149,25 @@ def pages():
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.fail(f"no browser: install one of {', '.join(BROWSERS)}")
     if not (BOOK / "index.html").is_file():
         pytest.fail("no book yet: run 'make book' first")
     script = LOOK.replace("PAGES", json.dumps(pages())).replace("WIDTHS", json.dumps(WIDTHS))
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if self.path != "/look":
-                return super().do_GET()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(script.encode())
-
-        def log_message(self, *_):
-            pass
-
-    serve = functools.partial(Handler, directory=str(BOOK))
-    with http.server.ThreadingHTTPServer(("localhost", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-            "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-            "--window-size=1400,1000", "--virtual-time-budget=600000", "--dump-dom",
+    with browser.served(BOOK, {"look.html": script}) as (address, told):
+        said = browser.browse(
+            "--virtual-time-budget=600000", "--window-size=1400,1000", "--dump-dom",
             "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
-            f"http://localhost:{server.server_address[1]}/look",
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        server.shutdown()
-    told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
-    assert told, f"the browser told nothing: {done.stderr[-500:]}"
-    from urllib.parse import unquote
-
-    found = json.loads(unquote(told[1]))
+            f"{address}/-/look.html",
+        )  # fmt: skip
+    assert told, f"the browser told nothing: {said[-500:]}"
     # "[…:INFO:CONSOLE(1)] "Uncaught …", source: http://localhost:1/book/intro.html (1)"
     Path(tmp_path_factory.getbasetemp() / "console").write_text(
         "\n".join(
             line
-            for line in done.stderr.splitlines()
-            if "CONSOLE" in line and not any(f'"{told}: ' in line for told in TOLD)
+            for line in said.splitlines()
+            if "CONSOLE" in line and not any(f'"{theirs}: ' in line for theirs in THEIRS)
         )
     )
-    return found
+    return told[0]
 
 
 def everywhere(seen, what):
