@@ -114,8 +114,9 @@ def seconds(model, new: int, compiled: bool) -> float:
 
 
 def everywhere() -> CompileConfig:
-    """``generate`` compiles a step of one token on a CPU too."""
-    config = CompileConfig(fullgraph=True, dynamic=None, mode=None)
+    """``generate`` compiles a step of one token on a CPU too, inputs read once."""
+    options = slr.compile_options()
+    config = CompileConfig(fullgraph=True, dynamic=None, mode=None, options=options)
     config._compile_all_devices = True
     return config
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from slr.checkpoint.tuned import tune
     from slr.checkpoint.verification import verify
     from slr.evaluate.likelihood import perplexity
+    from slr.layer.joint import compile_options
     from slr.methods.blockwise import compress_model
     from slr.methods.cap.system import CAP
     from slr.methods.losparse.system import LoSparse
@@ -53,6 +54,7 @@ LATER = {
     "Recipe": "model.recipe",
     "checkpoint_account": "checkpoint.sizes",
     "compress": "checkpoint.compression",
+    "compile_options": "layer.joint",
     "compress_model": "methods.blockwise",
     "export": "checkpoint.exporting",
     "load": "checkpoint.folder",
@@ -84,6 +86,7 @@ __all__ = [
     "Unstructured",
     "accounting",
     "checkpoint_account",
+    "compile_options",
     "compress",
     "compress_model",
     "data",

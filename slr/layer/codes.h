@@ -1,4 +1,5 @@
-// A matrix of codes, and what native.cpp wants of one.  See codes.cpp.
+// A matrix of codes, and what native.cpp wants of one; see codes.cpp.  And a layer, as operators.cpp
+// hands it over.
 
 #pragma once
 
@@ -41,3 +42,15 @@ CodesRow codes_row(const Coded& S, int set, int64_t size);
 void codes_input(const Coded& S, const uint16_t* x, int64_t tokens, uint16_t* out, float* sums);
 inline int64_t codes_room(const Coded& S) { return 2 * S.n + S.groups() + 64; }
 inline int64_t codes_sums(const Coded& S) { return (S.groups() + 15) / 16 * 16; }
+
+// y = S x + B (A x) + b.
+struct Part {
+  int64_t m, k;
+  const char* values;     // of S, `count` of them, in order
+  int64_t count;
+  const uint8_t* bits;    // of the mask, (m, n), lowest first
+  const int64_t* starts;  // where the values of each row begin, or null:
+  int64_t each;           // as many in every row
+  const char *B, *A, *bias;
+  const Coded* coded;     // S, if it is of codes: then the five above are not read
+};

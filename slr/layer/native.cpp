@@ -271,9 +271,14 @@ AVX512 const char* spread_avx512(const Row& row, char* out) {
       for (int half = 0; half < 2; half++) {
         const __mmask16 mine = __mmask16(bits >> 16 * half);
         const int some = __builtin_popcount(mine);
-        const __m512i w = _mm512_maskz_loadu_epi32(__mmask16(first(some)), from);
-        _mm512_mask_storeu_epi32(out + 4 * (c + 16 * half), __mmask16(inside >> 16 * half),
-                                 _mm512_maskz_expand_epi32(mine, w));
+        const __m512i w = M == SWIFT ? _mm512_loadu_si512(from)
+                                     : _mm512_maskz_loadu_epi32(__mmask16(first(some)), from);
+        const __m512i all = _mm512_maskz_expand_epi32(mine, w);
+        char* const to = out + 4 * (c + 16 * half);
+        if (M == SWIFT)
+          _mm512_storeu_si512(to, all);
+        else
+          _mm512_mask_storeu_epi32(to, __mmask16(inside >> 16 * half), all);
         from += 4 * some;
       }
     }
@@ -552,55 +557,80 @@ CodesInput for_codes(const Layer& layer, Set set, const char* x, int64_t some, i
   return {room.data(), sums.data(), up(layer.n)};
 }
 
-// y (some, m) for the tokens of one slab, row by row.
-void by_rows(const Layer& layer, Set set, int threads, const char* x, int64_t some, char* y) {
+// How the rows of one of the layers that share their tokens are read.
+struct Reader {
+  CodesInput codes{};
+  CodesTimes times = nullptr;
+  std::vector<float> room, sums;  // of `codes`
+  int64_t low = 0;                // where its part of `low` begins
+};
+
+// ys[l] (some, m) for the tokens of one slab, row by row, of `count` layers that they go into.
+void by_rows(const Layer* layers, int count, Set set, int threads, const char* x, int64_t some,
+             char* const* ys) {
   thread_local std::vector<float> room, low;
-  const bool halves = layer.kind == BF16 && set >= WITH_AVX512;
-  const int64_t width = up(layer.n), short_ = up(layer.k);
+  thread_local std::vector<Reader> readers;
+  const Kind kind = layers->kind;
+  const int64_t n = layers->n, size = layers->size, width = up(n);
+  const bool halves = kind == BF16 && set >= WITH_AVX512;
   const int slab = *std::find_if(SLABS, SLABS + 4, [&](int s) { return s >= some; });
   const int64_t by_column = set == PORTABLE ? slab : 1;
   room.assign(slab * width, 0.0f);
-  const void* in = padded(x, some, layer.n, layer.kind, halves, set == PORTABLE ? 1 : width,
-                          by_column, room);
-  low.assign(layer.k ? slab * short_ : 0, 0.0f);
-  float* const t = low.data();
-  thread_local std::vector<float> mine, groups;
-  const CodesInput from_codes =
-      layer.coded ? for_codes(layer, set, x, some, slab, mine, groups) : CodesInput{};
-  const CodesTimes times_codes =
-      layer.coded ? codes_times(*layer.coded, set, from_codes.sums, slab) : nullptr;
-  const Times plain = times_of<PLAIN>(layer.kind, set, slab);
-  const Times sparse = times_of<SPARSE>(layer.kind, set, slab);
-  const Times fast = times_of<SWIFT>(layer.kind, set, slab);
+  const void* in = padded(x, some, n, kind, halves, set == PORTABLE ? 1 : width, by_column, room);
+  readers.resize(std::max<size_t>(readers.size(), count));
+  int64_t lows = 0, codes = 0;
+  for (int l = 0; l < count; l++) {
+    Reader& reader = readers[l];
+    const Layer& layer = layers[l];
+    reader.low = lows, lows += slab * up(layer.k);
+    if (!layer.coded) continue;
+    reader.codes = for_codes(layer, set, x, some, slab, reader.room, reader.sums);
+    reader.times = codes_times(*layer.coded, set, reader.codes.sums, slab);
+    codes = std::max(codes, codes_room(*layer.coded));
+  }
+  low.assign(lows, 0.0f);
+  float* const lowest = low.data();
+  const Reader* const each = readers.data();
+  const Times plain = times_of<PLAIN>(kind, set, slab);
+  const Times sparse = times_of<SPARSE>(kind, set, slab);
+  const Times fast = times_of<SWIFT>(kind, set, slab);
 #pragma omp parallel num_threads(threads)
   {
     const Share share;
     thread_local std::vector<float> own;
-    if (layer.coded) own.resize(std::max<size_t>(own.size(), codes_room(*layer.coded)));
-    for (int64_t r = share.from(layer.k); r < share.to(layer.k); r++) {
-      float sums[16] = {};
-      plain(layer.row_of_A(r), in, width, sums);
-      for (int64_t i = 0; i < some; i++) {  // rounded, as a product of its own would be
-        char rounded[4];
-        narrow(sums[i], rounded, 0, layer.kind);
-        if (halves)
-          std::memcpy(reinterpret_cast<char*>(t) + 2 * (i * short_ + r), rounded, 2);
-        else
-          t[i * (set == PORTABLE ? 1 : short_) + r * by_column] = wide(rounded, 0, layer.kind);
+    own.resize(std::max<size_t>(own.size(), codes));
+    for (int l = 0; l < count; l++) {
+      const Layer& layer = layers[l];
+      const int64_t short_ = up(layer.k);
+      float* const t = lowest + each[l].low;
+      for (int64_t r = share.from(layer.k); r < share.to(layer.k); r++) {
+        float sums[16] = {};
+        plain(layer.row_of_A(r), in, width, sums);
+        for (int64_t i = 0; i < some; i++) {  // rounded, as a product of its own would be
+          char rounded[4];
+          narrow(sums[i], rounded, 0, kind);
+          if (halves)
+            std::memcpy(reinterpret_cast<char*>(t) + 2 * (i * short_ + r), rounded, 2);
+          else
+            t[i * (set == PORTABLE ? 1 : short_) + r * by_column] = wide(rounded, 0, kind);
+        }
       }
     }
 #pragma omp barrier
-    for (int64_t r = share.from(layer.m); r < share.to(layer.m); r++) {
-      float sums[16] = {};
-      if (layer.coded) {
-        times_codes(*layer.coded, r, from_codes, own.data(), sums);
-      } else {
-        const Row row = layer.row(r);
-        (swift(row, layer.size) ? fast : sparse)(row, in, width, sums);
+    for (int l = 0; l < count; l++) {
+      const Layer& layer = layers[l];
+      for (int64_t r = share.from(layer.m); r < share.to(layer.m); r++) {
+        float sums[16] = {};
+        if (layer.coded) {
+          each[l].times(*layer.coded, r, each[l].codes, own.data(), sums);
+        } else {
+          const Row row = layer.row(r);
+          (swift(row, size) ? fast : sparse)(row, in, width, sums);
+        }
+        if (layer.k) plain(layer.row_of_B(r), lowest + each[l].low, up(layer.k), sums);
+        for (int64_t i = 0; i < some; i++)
+          narrow(sums[i] + layer.bias_of(r), ys[l], i * layer.m + r, kind);
       }
-      if (layer.k) plain(layer.row_of_B(r), t, short_, sums);
-      for (int64_t i = 0; i < some; i++)
-        narrow(sums[i] + layer.bias_of(r), y, i * layer.m + r, layer.kind);
     }
   }
 }
@@ -861,25 +891,35 @@ bool tiles() {
 
 #endif
 
-// y (tokens, m) by the way that is fast for as many tokens.
-void multiply(const Layer& layer, Set set, int threads, int64_t tokens, const char* x, char* y) {
-  const int64_t most = layer.coded || set < WITH_AVX512 ? 8 : 16;
-  threads = int(std::clamp<int64_t>(layer.entries() / SHARE, 1, threads));
+// y (tokens, m) of each layer by the way that is fast for as many tokens.  All have x in common.
+void multiply(const Layer* layers, int count, Set set, int threads, int64_t tokens, const char* x,
+              char* const* ys) {
+  int64_t entries = 0, most = set < WITH_AVX512 ? 8 : 16;
+  bool by_tile = set == WITH_AMX && layers->kind == BF16;
+  for (int l = 0; l < count; l++) {
+    entries += layers[l].entries();
+    if (!layers[l].coded) continue;
+    most = 8;
+#if defined(__x86_64__)
+    by_tile = by_tile && codes_row(*layers[l].coded, set, 2);
+#endif
+  }
+  threads = int(std::clamp<int64_t>(entries / SHARE, 1, threads));
+  std::vector<char*> outs(ys, ys + count);
   int64_t some = 0;
   for (int64_t from = 0; from < tokens; from += some) {
-    const char* const in = x + from * layer.n * layer.size;
-    char* const out = y + from * layer.m * layer.size;
+    const char* const in = x + from * layers->n * layers->size;
+    for (int l = 0; l < count; l++) outs[l] = ys[l] + from * layers[l].m * layers[l].size;
 #if defined(__x86_64__)
-    const bool tiles = set == WITH_AMX && layer.kind == BF16 &&
-                       (!layer.coded || codes_row(*layer.coded, set, 2));
-    if (tiles && tokens - from > FEW) {
+    if (by_tile && tokens - from > FEW) {
       some = std::min(MANY, tokens - from);
-      (some > 16 ? by_panels : by_tiles)(layer, threads, in, some, out);
+      for (int l = 0; l < count; l++)
+        (some > 16 ? by_panels : by_tiles)(layers[l], threads, in, some, outs[l]);
       continue;
     }
 #endif
     some = std::min(most, tokens - from);
-    by_rows(layer, set, threads, in, some, out);
+    by_rows(layers, count, set, threads, in, some, outs.data());
   }
 }
 
@@ -901,23 +941,31 @@ int slr_set() {
 #endif
 }
 
-// y (tokens, m) = S x + B (A x) + b.  x (tokens, n), A (k, n), B (m, k), b (m) or null, all of one
-// kind and contiguous.
+// ys[l] (tokens, m) = S x + B (A x) + b of `count` layers that have x (tokens, n) in common; all of
+// one kind and contiguous.
+void slr_together(int kind, int set, int threads, int64_t tokens, int64_t n, int count,
+                  const Part* parts, const char* x, char* const* ys) {
+  std::vector<Layer> layers;
+  for (const Part* p = parts; p < parts + count; p++)
+    layers.push_back({Kind(kind), p->m, n, p->k, kind == F32 ? 4 : 2, p->values, p->count, p->bits,
+                      p->starts, p->each, p->B, p->A, p->bias, p->coded});
+  multiply(layers.data(), count, Set(set), threads, tokens, x, ys);
+}
+
+// The same of one layer: A (k, n), B (m, k), b (m) or null.
 void slr_few(int kind, int set, int threads, int64_t tokens, int64_t m, int64_t n, int64_t k,
              const char* x, const char* values, int64_t count, const uint8_t* bits,
              const int64_t* starts, int64_t each, const char* B, const char* A, const char* bias,
              char* y) {
-  const int64_t size = kind == F32 ? 4 : 2;
-  multiply({Kind(kind), m, n, k, size, values, count, bits, starts, each, B, A, bias}, Set(set),
-           threads, tokens, x, y);
+  const Part part{m, k, values, count, bits, starts, each, B, A, bias, nullptr};
+  slr_together(kind, set, threads, tokens, n, 1, &part, x, &y);
 }
 
 // The same with S of codes.
 void slr_codes(int kind, int set, int threads, int64_t tokens, const Coded* S, int64_t k,
                const char* x, const char* B, const char* A, const char* bias, char* y) {
-  const int64_t size = kind == F32 ? 4 : 2;
-  multiply({Kind(kind), S->m, S->n, k, size, nullptr, 0, nullptr, nullptr, 0, B, A, bias, S},
-           Set(set), threads, tokens, x, y);
+  const Part part{S->m, k, nullptr, 0, nullptr, nullptr, 0, B, A, bias, S};
+  slr_together(kind, set, threads, tokens, S->n, 1, &part, x, &y);
 }
 
 // Where the values of each row begin, (m + 1); returns whether rows keep different numbers.

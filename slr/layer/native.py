@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slr.layer.compiled import SETS, chosen, library
 
-__all__ = ["DTYPES", "in_use", "missing", "multiply", "row_starts", "spread_", "tiled"]
+__all__ = ["DTYPES", "OPERATOR", "in_use", "missing", "multiply", "row_starts", "spread_", "tiled"]
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as `Kind` in native.cpp
 
@@ -95,7 +95,7 @@ def multiply(
     [[1.0, 5.0], [4.0, 1.0]]
     """
     if best is None:
-        return _operator(x, values, bitmask, starts, B, A, bias)
+        return OPERATOR(x, values, bitmask, starts, B, A, bias)
     return _multiply(x, values, bitmask, starts, B, A, bias, best)
 
 
@@ -124,7 +124,7 @@ torch.library.define(
     " -> Tensor",
 )
 torch.library.impl("slr::native", "default")(_multiply)
-_operator = torch.ops.slr.native.default
+OPERATOR = torch.ops.slr.native.default
 
 
 @torch.library.register_fake("slr::native")

@@ -14,7 +14,7 @@ from torch import Tensor
 from slr.layer import native
 from slr.layer.compiled import chosen, library
 
-__all__ = ["KINDS", "CodedMatrix", "by_rows", "most", "multiply", "rows_"]
+__all__ = ["KINDS", "OPERATOR", "CodedMatrix", "by_rows", "most", "multiply", "rows_"]
 
 FEW = 8  # tokens up to which codes are multiplied as they lie,
 TILED = 1024  # and where there are matrix units for them
@@ -108,7 +108,7 @@ def multiply(
     Cost: reads codes and factors once for each 8 tokens, or 512 on matrix units.
     """
     parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept)
-    return _operator(x, *parts) if best is None else _multiply(x, *parts, best)
+    return OPERATOR(x, *parts) if best is None else _multiply(x, *parts, best)
 
 
 def by_rows(x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -180,5 +180,5 @@ def _define(name, function):
 
 _define("slr::native_codes", _multiply)
 _define("slr::native_codes_by_rows", _by_rows)
-_operator = torch.ops.slr.native_codes.default
+OPERATOR = torch.ops.slr.native_codes.default
 _operator_by_rows = torch.ops.slr.native_codes_by_rows.default

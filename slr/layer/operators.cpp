@@ -1,7 +1,8 @@
 // Our kernels as operators of torch, which compiled and exported programs call without Python.
 //
-// Their schemas, and what they are without this file, are in native.py and native_codes.py.  Only
-// torch's stable C++ interface is used, which costs a compiler a second.  Compiled with native.cpp.
+// Their schemas, and what they are without this file, are in native.py, native_codes.py and
+// joint.py.  Only torch's stable C++ interface is used, which costs a compiler a second.
+// Compiled with native.cpp.
 
 #include "codes.h"
 
@@ -14,12 +15,8 @@
 
 extern "C" {
 int slr_set();
-void slr_few(int kind, int set, int threads, int64_t tokens, int64_t m, int64_t n, int64_t k,
-             const char* x, const char* values, int64_t count, const uint8_t* bits,
-             const int64_t* starts, int64_t each, const char* B, const char* A, const char* bias,
-             char* y);
-void slr_codes(int kind, int set, int threads, int64_t tokens, const Coded* S, int64_t k,
-               const char* x, const char* B, const char* A, const char* bias, char* y);
+void slr_together(int kind, int set, int threads, int64_t tokens, int64_t n, int count,
+                  const Part* parts, const char* x, char* const* ys);
 }
 
 namespace {
@@ -64,29 +61,91 @@ Tensor like(const Tensor& x, int64_t m) {
   return torch::stable::new_empty(x, shape);
 }
 
-Tensor few(const Tensor& x, const Tensor& values, const Tensor& bitmask, Maybe starts,
-           const Tensor& B, const Tensor& A, Maybe bias) {
-  const int64_t n = x.size(-1), m = B.size(0), k = B.size(1), kept = values.numel();
-  const Tensor in = whole(x), S = whole(values), b = whole(B), a = whole(A);
-  Tensor y = like(x, m);
-  slr_few(kind_of(x), set_here(), torch::stable::get_num_threads(), x.numel() / n, m, n, k,
-          at<char>(in), at<char>(S), kept, at<uint8_t>(bitmask), at<int64_t>(starts), kept / m,
-          at<char>(b), at<char>(a), at<char>(bias), static_cast<char*>(y.data_ptr()));
-  return y;
+// Layers that have x in common, while they are put together.
+class Together {
+ public:
+  explicit Together(const Tensor& x) : x_(whole(x)), n_(x.size(-1)) {}
+
+  Part& add(const Tensor& B, const Tensor& A, const Maybe& bias) {
+    held_.push_back(whole(B)), held_.push_back(whole(A));
+    const int64_t m = B.size(0), k = B.size(1);
+    const char *b = at<char>(held_[held_.size() - 2]), *a = at<char>(held_.back());
+    parts_.push_back({m, k, nullptr, 0, nullptr, nullptr, 0, b, a, at<char>(bias), nullptr});
+    ys_.push_back(like(x_, m));
+    return parts_.back();
+  }
+
+  void add(const Tensor& values, const Tensor& bitmask, const Maybe& starts, const Tensor& B,
+           const Tensor& A, const Maybe& bias) {
+    held_.push_back(whole(values));
+    const char* const S = at<char>(held_.back());
+    Part& part = add(B, A, bias);
+    part.values = S, part.count = values.numel(), part.each = values.numel() / part.m;
+    part.bits = at<uint8_t>(bitmask), part.starts = at<int64_t>(starts);
+  }
+
+  std::vector<Tensor> multiply() {
+    if (parts_.empty()) return {};
+    std::vector<char*> ys;
+    for (const Tensor& y : ys_) ys.push_back(static_cast<char*>(y.data_ptr()));
+    slr_together(kind_of(x_), set_here(), torch::stable::get_num_threads(), x_.numel() / n_, n_,
+                 int(parts_.size()), parts_.data(), at<char>(x_), ys.data());
+    return std::move(ys_);
+  }
+
+ private:
+  const Tensor x_;
+  const int64_t n_;
+  std::vector<Tensor> held_, ys_;
+  std::vector<Part> parts_;
+};
+
+Coded coded(const Tensor& x, const Tensor& planes, const Tensor& scale, const Maybe& zero,
+            const Maybe& mask, const Maybe& starts, int64_t m, int64_t bits, int64_t group,
+            int64_t kept) {
+  return {m, x.size(-1), int(bits), at<uint8_t>(planes), planes.size(1), kept,
+          at<uint16_t>(scale), at<uint8_t>(zero), group, at<uint8_t>(mask), at<int64_t>(starts),
+          kept / m};
 }
 
-Tensor codes(const Tensor& x, const Tensor& planes, const Tensor& scale, Maybe zero,
-             Maybe bitmask, Maybe starts, const Tensor& B, const Tensor& A, Maybe bias,
-             int64_t bits, int64_t group, int64_t kept) {
-  const int64_t n = x.size(-1), m = B.size(0), k = B.size(1);
-  const Tensor in = whole(x), b = whole(B), a = whole(A);
-  const Coded S{m, n, int(bits), at<uint8_t>(planes), planes.size(1), kept, at<uint16_t>(scale),
-                at<uint8_t>(zero), group, at<uint8_t>(bitmask), at<int64_t>(starts), kept / m};
-  Tensor y = like(x, m);
-  slr_codes(kind_of(x), set_here(), torch::stable::get_num_threads(), x.numel() / n, &S, k,
-            at<char>(in), at<char>(b), at<char>(a), at<char>(bias),
-            static_cast<char*>(y.data_ptr()));
-  return y;
+Tensor few(const Tensor& x, const Tensor& values, const Tensor& bitmask, Maybe starts,
+           const Tensor& B, const Tensor& A, Maybe bias) {
+  Together one(x);
+  one.add(values, bitmask, starts, B, A, bias);
+  return one.multiply()[0];
+}
+
+Tensor codes(const Tensor& x, const Tensor& planes, const Tensor& scale, Maybe zero, Maybe mask,
+             Maybe starts, const Tensor& B, const Tensor& A, Maybe bias, int64_t bits,
+             int64_t group, int64_t kept) {
+  const Coded S = coded(x, planes, scale, zero, mask, starts, B.size(0), bits, group, kept);
+  Together one(x);
+  one.add(B, A, bias).coded = &S;
+  return one.multiply()[0];
+}
+
+using Many = std::vector<Tensor>;
+using Maybes = std::vector<Maybe>;
+using Numbers = std::vector<int64_t>;
+
+Many few_together(const Tensor& x, Many values, Many bitmasks, Maybes starts, Many B, Many A,
+                  Maybes bias) {
+  Together all(x);
+  for (size_t i = 0; i < B.size(); i++)
+    all.add(values[i], bitmasks[i], starts[i], B[i], A[i], bias[i]);
+  return all.multiply();
+}
+
+Many codes_together(const Tensor& x, Many planes, Many scale, Maybes zero, Maybes mask,
+                    Maybes starts, Many B, Many A, Maybes bias, Numbers bits, Numbers group,
+                    Numbers kept) {
+  std::vector<Coded> S;
+  for (size_t i = 0; i < B.size(); i++)
+    S.push_back(coded(x, planes[i], scale[i], zero[i], mask[i], starts[i], B[i].size(0), bits[i],
+                      group[i], kept[i]));
+  Together all(x);
+  for (size_t i = 0; i < B.size(); i++) all.add(B[i], A[i], bias[i]).coded = &S[i];
+  return all.multiply();
 }
 
 }  // namespace
@@ -94,6 +153,8 @@ Tensor codes(const Tensor& x, const Tensor& planes, const Tensor& scale, Maybe z
 STABLE_TORCH_LIBRARY_IMPL(slr, CPU, library) {
   library.impl("native", TORCH_BOX(&few));
   library.impl("native_codes", TORCH_BOX(&codes));
+  library.impl("native_together", TORCH_BOX(&few_together));
+  library.impl("native_codes_together", TORCH_BOX(&codes_together));
 }
 
 extern "C" void slr_operators() {}  // tells compiled.py that they are here
