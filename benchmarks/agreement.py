@@ -4,7 +4,7 @@
     python benchmarks/agreement.py --default small [--out results/measured/smollm2]
 
 The folder is what the default makes; the other models are compressed in memory.  Each is compared
-with the dense one on windows of held-out general text and on the questions of chapter 11; with
+with the dense one on windows of held-out general text and on the questions of chapter 13; with
 ``--out`` also writes ``agreement.json`` there, row by row, with the values of every window and
 question, which intervals need; a run that was stopped goes on.  A quarter of an hour on two cores.
 """

@@ -96,9 +96,9 @@ PARTS: dict[str, tuple[str, tuple[int, int], list[Box], list[Arrow]]] = {
         (420, 360),
         [
             (90, 10, 240, 58, BLACK, ["Parts I and II", "pruners, repairs, one matrix"]),
-            (90, 104, 240, 58, BLUE, ["9  A whole model", "stream, calibrate, resume"]),
-            (10, 198, 190, 58, GREEN, ["10  LLaMA-7B", "published and derived"]),
-            (220, 198, 190, 58, ORANGE, ["11  Beyond perplexity", "what else is lost"]),
+            (90, 104, 240, 58, BLUE, ["10  A whole model", "stream, calibrate, resume"]),
+            (10, 198, 190, 58, GREEN, ["12  LLaMA-7B", "published and derived"]),
+            (220, 198, 190, 58, ORANGE, ["13  Beyond perplexity", "what else is lost"]),
             (90, 292, 240, 58, BLACK, ["a number and its protocol", "what others can repeat"]),
         ],
         [DOWN, *SPLIT, *JOIN],
@@ -108,9 +108,9 @@ PARTS: dict[str, tuple[str, tuple[int, int], list[Box], list[Arrow]]] = {
         (420, 330),
         [
             (90, 10, 240, 58, BLACK, ["Parts I to III", "one matrix, one pass, one rank"]),
-            (8, 123, 126, 76, ORANGE, ["12  LoSparse", "rows go while", "it is trained"]),
-            (147, 123, 126, 76, BLUE, ["13  CAP", "ranks and entries", "share a budget"]),
-            (286, 123, 126, 76, GREEN, ["14  Induction", "rescaled before", "it is pruned"]),
+            (8, 123, 126, 76, ORANGE, ["14  LoSparse", "rows go while", "it is trained"]),
+            (147, 123, 126, 76, BLUE, ["15  CAP", "ranks and entries", "share a budget"]),
+            (286, 123, 126, 76, GREEN, ["16  Induction", "rescaled before", "it is pruned"]),
             (90, 260, 240, 58, BLACK, ["S + B A", "the same form, found otherwise"]),
         ],
         [
@@ -127,7 +127,7 @@ PARTS: dict[str, tuple[str, tuple[int, int], list[Box], list[Arrow]]] = {
         (420, 360),
         [
             (90, 10, 240, 58, BLACK, ["S + B A, in a file", "values, bits, factors"]),
-            (90, 104, 240, 58, GREEN, ["15  Running it", "a bound from bytes and operations"]),
+            (90, 104, 240, 58, GREEN, ["17  Running it", "a bound from bytes and operations"]),
             (10, 198, 190, 58, BLUE, ["a CPU", "any mask, row by row"]),
             (220, 198, 190, 58, BLUE, ["a GPU", "2:4, as its units want it"]),
             (90, 292, 240, 58, BLACK, ["tokens a second", "at most, and as measured"]),
@@ -140,8 +140,8 @@ PARTS: dict[str, tuple[str, tuple[int, int], list[Box], list[Arrow]]] = {
         [
             (10, 10, 190, 58, BLUE, ["a mask", "half of the weights, wide"]),
             (220, 10, 190, 58, ORANGE, ["a grid", "all weights, few bits"]),
-            (90, 104, 240, 58, GREEN, ["16  One alternation", "S in a set, B A beside it"]),
-            (90, 198, 240, 58, GREEN, ["17  The league", "every method, by bits a weight"]),
+            (90, 104, 240, 58, GREEN, ["18  One alternation", "S in a set, B A beside it"]),
+            (90, 198, 240, 58, GREEN, ["19  The league", "every method, by bits a weight"]),
             (90, 292, 240, 58, BLACK, ["which command", "for a machine and a purpose"]),
         ],
         [
@@ -160,18 +160,18 @@ CHAPTERS: dict[int, tuple[float, int, str, str]] = {
     3: (0.5, 2, BLUE, "Pruners"),
     4: (2.5, 2, ORANGE, "Residual"),
     5: (2.5, 3, GREEN, "Refinement"),
-    12: (4, 3, ORANGE, "LoSparse"),
+    14: (4, 3, ORANGE, "LoSparse"),
     8: (0, 4, GREEN, "Activations"),
-    9: (1, 4, BLUE, "A whole model"),
+    10: (1, 4, BLUE, "A whole model"),
     6: (2, 4, GREEN, "Converges?"),
     7: (3, 4, GREEN, "Fast"),
-    15: (4, 4, BLACK, "Running it"),
-    11: (0, 5, ORANGE, "Measures"),
-    14: (1, 5, GREEN, "Induction"),
-    16: (2, 5, GREEN, "Few bits"),
-    10: (3, 5, BLUE, "LLaMA-7B"),
-    13: (4, 5, ORANGE, "CAP"),
-    17: (2, 6, BLACK, "The league"),
+    17: (4, 4, BLACK, "Running it"),
+    13: (0, 5, ORANGE, "Measures"),
+    16: (1, 5, GREEN, "Induction"),
+    18: (2, 5, GREEN, "Few bits"),
+    12: (3, 5, BLUE, "LLaMA-7B"),
+    15: (4, 5, ORANGE, "CAP"),
+    19: (2, 6, BLACK, "The league"),
 }
 WIDE, HIGH, ACROSS, BELOW, EDGE = 138, 40, 150, 84, 12
 

@@ -18,7 +18,7 @@ trains bert-base-uncased there, and the model here is that of the README's table
 other tasks of GLUE, which have MNLI's settings (but for the number of epochs of small ones), and
 giving warm-up and cool-down as shares of the training, so that other data may be given.
 
-Book: chapter 12.
+Book: chapter 14.
 """
 
 from __future__ import annotations

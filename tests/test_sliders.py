@@ -79,7 +79,7 @@ def test_what_the_page_says_of_the_schedules_holds():
         assert fast["errors"] == sorted(fast["errors"], reverse=True)
 
 
-def test_bound_is_that_of_chapter_15():
+def test_bound_is_that_of_chapter_17():
     m, n, k = 4096, 11008, 128
     peak, bandwidth = 100e12, 1e12
     for tokens in (1, 100, 10_000):

@@ -3,7 +3,7 @@
 A model that was never taught to answer can still be asked: which of the choices does it find
 most likely after the question?  Nothing is generated.
 
-Book: chapter 11.
+Book: chapter 13.
 """
 
 from __future__ import annotations

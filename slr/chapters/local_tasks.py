@@ -3,7 +3,7 @@
 A tiny model knows nothing that real benchmarks ask.  These two ask about text like that which the
 embedded model was trained on: which word ends a passage, and which piece of text follows it.
 
-Book: chapter 11.
+Book: chapter 13.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ there instead.  Of the controls of a picture the last one moves along a line and
 choose which lines are shown; a line is ``{at, name, color, dash, x, y, says}``, with the places of
 the controls that choose it, and what is said at each of its points.
 
-Book: chapters 5, 7, 9, 15.
+Book: chapters 5, 7, 10, 17.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def schedules() -> tuple[dict, pd.DataFrame, str]:
 def bound(
     shape: tuple[int, int], tokens: float, rank: int | None, peak: float, bandwidth: float
 ) -> float:
-    """Least seconds that a layer takes in 16 bits, by the roofline of chapter 15.
+    """Least seconds that a layer takes in 16 bits, by the roofline of chapter 17.
 
     Args:
         shape: (m, n).

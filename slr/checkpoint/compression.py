@@ -4,7 +4,7 @@ Every linear layer of every decoder block is pruned and repaired; embeddings, no
 output head stay as they are.  A checkpoint is streamed: no more than one block, its calibration
 inputs and its result are in memory, and every finished block is safe on disk.
 
-Book: chapters 5 and 9.
+Book: chapters 5 and 10.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The file is read by transformers and the ``gguf`` package.  What its quantisation took away stays
 away: the dense model *is* the dequantised one, and the configuration and the card say so.
 
-Book: chapter 9.
+Book: chapter 10.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Disk is counted.  Time is tried out: one block runs on a few windows, and one layer of each shape
 is compressed with few iterations, from which the rest follows.
 
-Book: chapter 9.
+Book: chapter 10.
 """
 
 from __future__ import annotations

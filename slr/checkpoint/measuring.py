@@ -4,7 +4,7 @@ Held-out windows pass through the dense, the pruned and the compressed model blo
 the compression (:mod:`slr.model.heldout`); where they are is kept in the journal, so that a run
 that was stopped goes on with them too.
 
-Book: chapter 9.
+Book: chapter 10.
 """
 
 from __future__ import annotations

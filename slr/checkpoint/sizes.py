@@ -1,6 +1,6 @@
 """How large a model is, or will be: by its configuration, by its files, by what it says of itself.
 
-Book: chapters 1 and 9.
+Book: chapters 1 and 10.
 """
 
 from __future__ import annotations

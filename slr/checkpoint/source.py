@@ -4,7 +4,7 @@ A configuration may come from anybody, so the path in it is no reason to open on
 source is looked at unasked only if the folder was not downloaded, and used only if it is, byte for
 byte, what the folder was made from.
 
-Book: chapter 9 and the page on the format.
+Book: chapter 10 and the page on the format.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``slr tune``: a compressed folder into another, tuned as a whole against its dense source.
 
-Book: chapter 17.
+Book: chapter 19.
 """
 
 from __future__ import annotations

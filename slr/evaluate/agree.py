@@ -2,7 +2,7 @@
 
 Perplexity and accuracy compare a model with a text; this compares two models with each other.
 
-Book: chapter 11.
+Book: chapter 13.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ of the perplexity table; :func:`reproduce` compresses each into a folder and ask
 task.  A cell is one model and one task, and one JSON file: a run may be stopped at any time and
 goes on where it was.
 
-Book: chapter 11.
+Book: chapter 13.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A compressed folder beside its source: dense, only rounded, only pruned, and as it is.
 
-Book: chapter 9.
+Book: chapter 10.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tasks of the lm-evaluation-harness, on any model of this package.
 
-Book: chapter 11.
+Book: chapter 13.
 """
 
 from __future__ import annotations

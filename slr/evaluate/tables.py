@@ -4,7 +4,7 @@ A :class:`Spec` is read from ``results/specs/NAME.json``, the published numbers 
 ``results/published``; :mod:`slr.evaluate.reproduction` measures them.  The tables of
 :mod:`slr.evaluate.benchmarks` name one of these, whose models they ask.
 
-Book: chapter 10.
+Book: chapter 12.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The part of a layer that knows where it is: which backend multiplies S, and what it needs.
 
-Chosen anew whenever the tensors move.  Book: chapter 15.
+Chosen anew whenever the tensors move.  Book: chapter 17.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ name            what                                                         whe
 
 ``cutlass`` shares our values and adds the places in its own order, 1/16 of the dense bytes.
 ``cusparselt`` packs in its own way; its copy of the values becomes ours where it is the same.
-Book: chapter 15.
+Book: chapter 17.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The part of a layer of codes that multiplies by our own kernels, and what these read.
 
-Book: chapter 16.
+Book: chapter 18.
 """
 
 from __future__ import annotations

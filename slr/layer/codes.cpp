@@ -9,7 +9,7 @@
 // as they are, and (128 + zero) * scale times the sum of x over each group is taken off at the end.
 // Else a code becomes a float.  Elsewhere a table turns 8 bits into 8 bytes.  Sums are in float32.
 //
-// Compiled with native.cpp, whose loops over rows and tokens call it.  Book: chapter 16.
+// Compiled with native.cpp, whose loops over rows and tokens call it.  Book: chapter 18.
 
 #include "codes.h"
 

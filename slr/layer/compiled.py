@@ -2,7 +2,7 @@
 
 It takes a C++ compiler (``$CXX``, ``c++``, ``g++`` or ``clang++``) and some seconds, once.  Without
 one, or with ``SLR_NATIVE=0``, layers multiply by torch's own operations.  Where torch's headers are
-of no use, its operators of the kernels stay in Python.  Book: chapter 15.
+of no use, its operators of the kernels stay in Python.  Book: chapter 17.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They are :mod:`slr.layer.native` on a CPU and :mod:`slr.layer.kernels` on a GPU.  Compilers call
 ``torch.ops.slr.few_tokens`` as it is, or on a CPU, where nothing is differentiated,
-``torch.ops.slr.native``, which has no Python in it.  Book: chapter 15.
+``torch.ops.slr.native``, which has no Python in it.  Book: chapter 17.
 """
 
 from __future__ import annotations

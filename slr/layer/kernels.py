@@ -10,7 +10,7 @@ group; several tokens go to the tensor cores as four products, one a place.
 
 ``TRITON_INTERPRET=1``, set before, runs the kernels on a CPU, slowly: that is how they are tested.
 They have not been run on a GPU yet, and their block sizes are guesses: ``make gpu`` measures what
-others would do.  Book: chapter 15.
+others would do.  Book: chapter 17.
 """
 
 from __future__ import annotations

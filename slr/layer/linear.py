@@ -1,6 +1,6 @@
 """One layer: y = S x + B (A x) + b, with S as it is stored.
 
-Book: chapters 5 and 15.
+Book: chapters 5 and 17.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 // share rows: first those of A, then, behind a barrier, those of S and B.
 //
 // Plain C++17 with no header but the compiler's; the instruction set is chosen when it runs.
-// Compiled and called by native.py.  Book: chapter 15.
+// Compiled and called by native.py.  Book: chapter 17.
 
 #include "codes.h"
 

@@ -2,7 +2,7 @@
 
 They are in ``native.cpp``: AMX, AVX-512 (VBMI2 and BF16), AVX2 and plain C++, chosen when they run,
 for any mask and shape, in bfloat16, float16 and float32.  A token is bound by the bytes that are
-read, so everything is read once and as it is stored.  Book: chapter 15.
+read, so everything is read once and as it is stored.  Book: chapter 17.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Our own kernels for values that are codes: y = S x + B (A x) + b, and rows of S, on a CPU.
 
-They are in ``codes.cpp``, compiled with the others (:mod:`slr.layer.compiled`).  Book: chapter 16.
+They are in ``codes.cpp``, compiled with the others (:mod:`slr.layer.compiled`).  Book: chapter 18.
 """
 
 from __future__ import annotations

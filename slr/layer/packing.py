@@ -9,7 +9,7 @@ tensor          shape             what
 
 For 2:4 in 16 bits that is 0.5625 of the dense bytes, as much as the hardware's own layout.
 Packing and unpacking are exact; :func:`blocks` unpacks a few rows at a time, into one buffer.
-Book: chapters 2 and 15.
+Book: chapters 2 and 17.
 """
 
 from __future__ import annotations

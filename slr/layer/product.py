@@ -4,7 +4,7 @@ S is unpacked into one buffer of some rows, multiplied and overwritten, so that 
 little memory beyond the packed form.  The functions are operators of torch
 (``torch.ops.slr``): compilers call them as they are, and a backward pass unpacks again instead of
 keeping S.
-Book: chapter 15.
+Book: chapter 17.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tensors to look at: what a packed layer unpacks is new each time, so writing into it is refused.
 
-Book: chapter 15.
+Book: chapter 17.
 """
 
 from __future__ import annotations

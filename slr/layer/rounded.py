@@ -14,7 +14,7 @@ tensor          shape                 what
 =============== ===================== ==========================================
 
 Scales are stored as integers so that no loader casts them.  Packing and unpacking are exact.
-Book: chapter 16.
+Book: chapter 18.
 """
 
 from __future__ import annotations

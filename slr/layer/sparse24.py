@@ -10,7 +10,7 @@ tensor      shape            what
 
 A bitmask (:mod:`slr.layer.packing`) has 4 bits for a group too, so that the two turn into one
 another by a table of 16 entries, nothing moves, and a file's tensors are what a GPU computes with.
-In 16 bits both take 0.5625 of the dense bytes.  Book: chapter 15.
+In 16 bits both take 0.5625 of the dense bytes.  Book: chapter 17.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ the set is a grid of a few bits, perhaps on a mask:
 Two starts are tried for a few rounds, S of all of W and B A of W: the second is better where some
 directions of W are much larger than the rest, which would make all steps of a grid wide.  Factors
 are rounded last, B by columns and A by rows; then S makes up for that.  Grids are not convex and
-their levels move, so that the best round is kept, not the last.  Book: chapter 16.
+their levels move, so that the best round is kept, not the last.  Book: chapter 18.
 """
 
 from __future__ import annotations

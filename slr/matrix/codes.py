@@ -7,7 +7,7 @@ Both lower tr(E H Eᵀ), E = T - S, over matrices S on a grid, perhaps with a ma
 - :func:`descend`, any number of passes: each column in turn takes the codes that are best while
   all others stay.  Nothing it does raises the error.
 
-Book: chapter 16.
+Book: chapter 18.
 """
 
 from __future__ import annotations

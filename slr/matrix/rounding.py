@@ -3,7 +3,7 @@
 A model of b bits a weight is 16 / b times smaller than in bfloat16, whoever made it so; what is
 pruned and repaired has to be held against what is only rounded, at the same bytes.  A grid is also
 what the other part of W ≈ S + B A may have to lie on, instead of a mask or besides one
-(:mod:`slr.matrix.alternation`).  Book: chapter 16.
+(:mod:`slr.matrix.alternation`).  Book: chapter 18.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32
 ones.  Weights stay in their dtype; only while a block runs are they widened, which is exact.
 
-Book: chapter 9.
+Book: chapter 10.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Everything that goes through a model block by block (compressing, evaluating, exporting, training
 scales) does so by :func:`walk`: a block is filled, handed out, run to make the next block's inputs,
-and emptied.  Book: chapter 9.
+and emptied.  Book: chapter 10.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ text by heart: with them the divergence on it falls faster, and on other text le
 model may write more text (:mod:`slr.model.writing`).  Some windows are held out, and what serves
 them best is kept.
 
-Book: chapter 17.
+Book: chapter 19.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Several models read the same windows block by block: the dense one, the one that
 result, and the plain alternatives, which are only rounded.  At the end their perplexities are
 known, at the price of a forward pass each over a few windows, however large the model is.
 
-Book: chapter 9.
+Book: chapter 10.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The plain alternative: the dense model, its linear layers rounded to a few bits.
 
-At the same bytes it is what a compressed model has to be held against.  Book: chapter 16.
+At the same bytes it is what a compressed model has to be held against.  Book: chapter 18.
 """
 
 from __future__ import annotations

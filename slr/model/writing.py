@@ -4,7 +4,7 @@ A short calibration text is soon learned by heart.  What the dense model writes 
 distribution that the smaller one should have, whatever the dense one was trained on, and needs no
 more text than a few words to begin with.
 
-Book: chapter 17.
+Book: chapter 19.
 """
 
 from __future__ import annotations

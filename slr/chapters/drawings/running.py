@@ -1,4 +1,4 @@
-"""Drawings of chapters 14 to 17: scales, packing, grids, the frontier."""
+"""Drawings of chapters 16 to 19: scales, packing, grids, the frontier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["frontier_idea", "grid_and_mask", "packed_row", "scales_move", "selec
 
 
 def scales_move() -> str:
-    """Chapter 14, by hand: the same products, other weights, another choice."""
+    """Chapter 16, by hand: the same products, other weights, another choice."""
     sheet = Sheet(
         "Scales move from inputs to weights; products stay, and magnitude chooses anew", 300
     )
@@ -56,7 +56,7 @@ ROW = (1, 2, 0, 0, 0, 3, 0, 4)
 
 
 def packed_row() -> str:
-    """Chapter 15, by hand: a row as values and a bit mask, and as the codes of a GPU."""
+    """Chapter 17, by hand: a row as values and a bit mask, and as the codes of a GPU."""
     sheet = Sheet("A row of eight in memory: dense; values and a bit mask; values and codes", 330)
     places = [j for j, value in enumerate(ROW) if value]
     size, left = 48, 150
@@ -96,7 +96,7 @@ def packed_row() -> str:
 
 
 def selector() -> str:
-    """Chapter 15: two bits steer which of four inputs a value meets."""
+    """Chapter 17: two bits steer which of four inputs a value meets."""
     sheet = Sheet("The selector of a sparse tensor core: two bits pick one of four inputs", 330)
     group, values = (0, 3, 0, 4), (3, 4)
     places = [j for j, value in enumerate(group) if value]
@@ -137,7 +137,7 @@ def selector() -> str:
 
 
 def grid_and_mask() -> str:
-    """Chapter 16: eight weights to the nearest of eight values; with a mask, half of them to 0."""
+    """Chapter 18: eight weights to the nearest of eight values; with a mask, half of them to 0."""
     sheet = Sheet("A group of weights on a grid of eight values, without and with a mask", 320)
     weights = (-0.62, -0.33, -0.11, 0.06, 0.21, 0.47, 0.58, 0.81)
     bits = 3
@@ -177,7 +177,7 @@ def grid_and_mask() -> str:
 
 
 def frontier_idea() -> str:
-    """Chapter 17: a method rules out all that is larger and worse."""
+    """Chapter 19: a method rules out all that is larger and worse."""
     sheet = Sheet("Bytes against perplexity: a method rules out whatever is larger and worse", 330)
     left, top, right, bottom = 70, 40, 620, 258
     points = [(0.1, 0.14), (0.22, 0.46), (0.36, 0.62), (0.62, 0.86), (0.92, 0.92)]

@@ -1,4 +1,4 @@
-"""Drawings of chapters 9 to 13: whole models, comparisons, budgets."""
+"""Drawings of chapters 10 to 15: whole models, comparisons, budgets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def block_by_block() -> str:
-    """Chapter 9: on disk, in memory, on disk again, and in the journal."""
+    """Chapter 10: on disk, in memory, on disk again, and in the journal."""
     sheet = Sheet("A checkpoint passes through memory block by block, and a journal tells", 340)
     lanes = ((70, "checkpoint", GREY), (160, "in memory", INK), (250, "folder", GREEN))
     for y, name, color in lanes:
@@ -73,7 +73,7 @@ def block_by_block() -> str:
 
 
 def drift() -> str:
-    """Chapter 9, by hand: the drift after each block, passed on or new."""
+    """Chapter 10, by hand: the drift after each block, passed on or new."""
     sheet = Sheet("The drift after each block, by hand: what was passed on and what is new", 310)
     dense, small = [1.0], [1.0]
     parts = [(0.0, 0.0)]
@@ -119,7 +119,7 @@ def drift() -> str:
 
 
 def two_budgets() -> str:
-    """Chapter 10, by hand: 45% pruned, or 55% pruned and rank 128, of a square matrix."""
+    """Chapter 12, by hand: 45% pruned, or 55% pruned and rank 128, of a square matrix."""
     sheet = Sheet("What a square matrix holds: pruned by 45%, or by 55% with rank 128", 280)
     rank = 2 * 128 / 4096
     bars = (
@@ -152,7 +152,7 @@ def two_budgets() -> str:
 
 
 def only_flips_count() -> str:
-    """Chapter 11: forty questions, two models; where both agree nothing is learned."""
+    """Chapter 13: forty questions, two models; where both agree nothing is learned."""
     sheet = Sheet(
         "Forty questions to two models: only where they differ does one learn anything", 270
     )
@@ -192,7 +192,7 @@ def only_flips_count() -> str:
 
 
 def neurons_leave() -> str:
-    """Chapter 12: rows of S go while U V stays for all neurons."""
+    """Chapter 14: rows of S go while U V stays for all neurons."""
     sheet = Sheet("Rows of S leave during training; the low-rank part stays for every neuron", 290)
     rows, size = 12, 15
     order = [3, 10, 6, 0, 8, 5, 11, 2, 7, 4]
@@ -218,7 +218,7 @@ def neurons_leave() -> str:
 
 
 def one_threshold() -> str:
-    """Chapter 13: one line through the candidates of all matrices leaves each its own number."""
+    """Chapter 15: one line through the candidates of all matrices leaves each its own number."""
     sheet = Sheet(
         "One threshold for the candidates of all matrices, so each keeps its own number", 300
     )

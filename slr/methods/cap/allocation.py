@@ -1,6 +1,6 @@
 """Stage 2 of CAP on a loaded model: learn what to keep, and put it in place.
 
-Book: chapter 13.
+Book: chapter 15.
 """
 
 from __future__ import annotations

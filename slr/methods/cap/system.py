@@ -1,6 +1,6 @@
 """CAP as one object: ``slr.compress(model, slr.CAP(budget=0.5))``.
 
-Book: chapter 13.
+Book: chapter 15.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ of the dense model, a pipeline that prunes block by block those that the pruned 
 make.  *Which epoch*: the best, the start included.
 
 Source: *Sparsity Induction for Accurate Post-Training Pruning of Large Language Models*, 2026
-(arXiv 2602.21652).  Book: chapter 14.
+(arXiv 2602.21652).  Book: chapter 16.
 """
 
 from slr.methods.induction.options import Induction, check_pattern

@@ -1,7 +1,7 @@
 """Where the blocks of each family keep what a scale can move: who makes a channel, who reads it.
 
 A place is one maker and its readers, by their names in the block; what moves between them is told
-in :mod:`slr.methods.induction.scales`.  Book: chapter 14.
+in :mod:`slr.methods.induction.scales`.  Book: chapter 16.
 """
 
 from __future__ import annotations

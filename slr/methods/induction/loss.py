@@ -3,7 +3,7 @@
 Scales cancel within a pruned block, so its output under given scales is that of the unscaled block
 under the mask of the scaled magnitudes: only the mask has to be computed from the scales, and only
 through it do they have a gradient.  For :mod:`slr.methods.induction`, which says what is chosen.
-Book: chapter 14.
+Book: chapter 16.
 """
 
 from __future__ import annotations

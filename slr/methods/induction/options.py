@@ -1,6 +1,6 @@
 """How to train the scales of a block: options, and whether they fit it.
 
-For :mod:`slr.methods.induction`, which says what they mean.  Book: chapter 14.
+For :mod:`slr.methods.induction`, which says what they mean.  Book: chapter 16.
 """
 
 from __future__ import annotations

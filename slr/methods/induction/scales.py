@@ -49,7 +49,7 @@ fuses q, k, v and gate, up.  What is where: :mod:`slr.methods.induction.families
 
 Source: the equivalent transformations of SmoothQuant (Xiao et al. 2023) and, with shifts, of
 OmniQuant (Shao et al. 2024), and of *Sparsity Induction for Accurate Post-Training Pruning of Large
-Language Models*, 2026.  Book: chapter 14.
+Language Models*, 2026.  Book: chapter 16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train the scales of a block, or of all blocks one after the other, and absorb them.
 
-Book: chapter 14.
+Book: chapter 16.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ What the public text leaves open, or its code does otherwise, and what is done h
 Gradients must be whole on each process: DDP is fine, sharded training (FSDP, ZeRO-3) is not.
 
 Source: Li et al. 2023, "LoSparse" (ICML); uncertainty: Zhang et al. 2022, "PLATON".
-Book: chapter 12.
+Book: chapter 14.
 """
 
 from slr.methods.losparse.distil import Distillation, distillation_loss

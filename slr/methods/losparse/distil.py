@@ -1,6 +1,6 @@
 """Learning from the dense model: while LoSparse prunes, or in a second phase after it.
 
-Book: chapter 12.
+Book: chapter 14.
 """
 
 from __future__ import annotations

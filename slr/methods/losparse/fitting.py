@@ -1,7 +1,7 @@
 """A short training loop for what :mod:`slr.methods.losparse` converts, and the dense model alike.
 
 For trainings of minutes, without files; longer ones take ``transformers.Trainer`` and
-:func:`slr.methods.losparse.callback`.  Book: chapter 12.
+:func:`slr.methods.losparse.callback`.  Book: chapter 14.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def train(
         ValueError: what :func:`~slr.methods.losparse.convert`, the pruner and :func:`fit` say;
             the model is then as it was before.
 
-    Cost: the training.  Example: chapter 12.
+    Cost: the training.  Example: chapter 14.
     """
     dense = {k: m for k, m in model.named_modules() if type(m) is nn.Linear}
     part = {"losparse": share, "itp": 0.0}.get(mode, 1.0)

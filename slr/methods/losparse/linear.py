@@ -1,6 +1,6 @@
 """The form of LoSparse: linear layers as U V + S, some rows of S pruned, and a model of them.
 
-Explained, and trained, in :mod:`slr.methods.losparse`.  Book: chapter 12.
+Explained, and trained, in :mod:`slr.methods.losparse`.  Book: chapter 14.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pruner of LoSparse: which rows of S stay, and when the others go.
 
-Explained in :mod:`slr.methods.losparse`.  Book: chapter 12.
+Explained in :mod:`slr.methods.losparse`.  Book: chapter 14.
 """
 
 from __future__ import annotations

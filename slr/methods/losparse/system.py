@@ -1,6 +1,6 @@
 """LoSparse as one object: ``slr.compress(model, slr.LoSparse(budget=0.5))``.
 
-Book: chapter 12.
+Book: chapter 14.
 """
 
 from __future__ import annotations

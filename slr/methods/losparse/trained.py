@@ -1,6 +1,6 @@
 """A model that LoSparse has trained, or trains: made compact, stored, turned into SLRLinear.
 
-Book: chapter 12.
+Book: chapter 14.
 """
 
 from __future__ import annotations
