@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 # The longest first, so that two workers finish together.
-LONG := $(foreach n,03 13 08 10 05 16 14,$(wildcard notebooks/$(n)_*.ipynb))
+LONG := $(foreach n,03 13 09 08 10 05 16 14,$(wildcard notebooks/$(n)_*.ipynb))
 CHAPTERS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb guide/*.ipynb)))
 
 # Of slr, besides torch: what `make gpu` takes from wheels/ where the Python at hand lacks it.

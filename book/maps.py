@@ -81,27 +81,36 @@ PARTS: dict[str, tuple[str, tuple[int, int], list[Box], list[Arrow]]] = {
     ),
     "map-part2": (
         "Map of Part II",
-        (420, 360),
+        (420, 454),
         [
             (100, 10, 220, 58, ORANGE, ["4  Residual W − S", "its spectrum; one-shot SVD"]),
             (100, 104, 220, 58, GREEN, ["5  Refinement", "S may move: complete W"]),
             (10, 198, 190, 58, GREEN, ["6  Converges?", "to what, how fast"]),
             (220, 198, 190, 58, GREEN, ["7  Fast", "one step, not an SVD"]),
             (100, 292, 220, 58, GREEN, ["8  Activations", "weigh errors by the inputs"]),
+            (100, 386, 220, 58, BLACK, ["9  To the model", "drift, and what undoes it"]),
         ],
-        [DOWN, *SPLIT, *JOIN],
+        [DOWN, *SPLIT, *JOIN, (210, 350, 210, 384)],
     ),
     "map-part3": (
         "Map of Part III",
-        (420, 360),
+        (420, 454),
         [
             (90, 10, 240, 58, BLACK, ["Parts I and II", "pruners, repairs, one matrix"]),
-            (90, 104, 240, 58, BLUE, ["10  A whole model", "stream, calibrate, resume"]),
-            (10, 198, 190, 58, GREEN, ["12  LLaMA-7B", "published and derived"]),
-            (220, 198, 190, 58, ORANGE, ["13  Beyond perplexity", "what else is lost"]),
-            (90, 292, 240, 58, BLACK, ["a number and its protocol", "what others can repeat"]),
+            (90, 104, 240, 58, BLUE, ["10  A whole model", "stream, stop, resume"]),
+            (90, 198, 240, 58, GREEN, ["11  The table", "which orders hold, and where"]),
+            (10, 292, 190, 58, GREEN, ["12  LLaMA-7B", "published and derived"]),
+            (220, 292, 190, 58, ORANGE, ["13  Beyond perplexity", "what else is lost"]),
+            (90, 386, 240, 58, BLACK, ["a number and its protocol", "what others can repeat"]),
         ],
-        [DOWN, *SPLIT, *JOIN],
+        [
+            DOWN,
+            (210, 162, 210, 196),
+            (165, 256, 115, 290),
+            (255, 256, 305, 290),
+            (115, 350, 165, 384),
+            (305, 350, 255, 384),
+        ],
     ),
     "map-part4": (
         "Map of Part IV",
@@ -162,16 +171,18 @@ CHAPTERS: dict[int, tuple[float, int, str, str]] = {
     5: (2.5, 3, GREEN, "Refinement"),
     14: (4, 3, ORANGE, "LoSparse"),
     8: (0, 4, GREEN, "Activations"),
-    10: (1, 4, BLUE, "A whole model"),
+    10: (1, 4, BLUE, "Streaming"),
     6: (2, 4, GREEN, "Converges?"),
     7: (3, 4, GREEN, "Fast"),
     17: (4, 4, BLACK, "Running it"),
     13: (0, 5, ORANGE, "Measures"),
-    16: (1, 5, GREEN, "Induction"),
+    9: (1, 5, GREEN, "To the model"),
     18: (2, 5, GREEN, "Few bits"),
-    12: (3, 5, BLUE, "LLaMA-7B"),
+    16: (3, 5, GREEN, "Induction"),
     15: (4, 5, ORANGE, "CAP"),
-    19: (2, 6, BLACK, "The league"),
+    11: (0.5, 6, BLUE, "The table"),
+    19: (1.75, 6, BLACK, "The league"),
+    12: (0.5, 7, BLUE, "LLaMA-7B"),
 }
 WIDE, HIGH, ACROSS, BELOW, EDGE = 138, 40, 150, 84, 12
 
@@ -213,7 +224,7 @@ def chapters() -> str:
             lean = max(-1, min(1, column - above)) * WIDE / 4  # leave and arrive on that side
             start = EDGE + above * ACROSS + WIDE / 2 + lean, EDGE + over * BELOW + HIGH
             arrows.append((*start, x + WIDE / 2 - lean, y - 2))
-    size = (2 * EDGE + 4 * ACROSS + WIDE, 2 * EDGE + 6 * BELOW + HIGH)
+    size = (2 * EDGE + 4 * ACROSS + WIDE, 2 * EDGE + 7 * BELOW + HIGH)
     return svg("Which chapter needs which", size, boxes, arrows)
 
 

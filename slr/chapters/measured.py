@@ -3,7 +3,7 @@
 A cell keeps the loss of each window; two cells were measured on the same windows, so that their
 ratio is much surer than either perplexity.
 
-Book: chapters 5 and 8 to 12, and the page of results.
+Book: chapters 5, 9, 11, 12, and the page of results.
 """
 
 from __future__ import annotations

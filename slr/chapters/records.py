@@ -3,7 +3,7 @@
 A wheel holds the JSON files of ``results/`` as ``slr.results``; in a repository they are read where
 they are, so that what was just measured is seen.
 
-Book: chapters 7 to 12, 14 to 18.
+Book: chapters 7 to 12, 14 to 19.
 """
 
 from __future__ import annotations

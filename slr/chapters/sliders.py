@@ -5,7 +5,7 @@ there instead.  Of the controls of a picture the last one moves along a line and
 choose which lines are shown; a line is ``{at, name, color, dash, x, y, says}``, with the places of
 the controls that choose it, and what is said at each of its points.
 
-Book: chapters 5, 7, 10, 17.
+Book: chapters 5, 7, 11, 17.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ stopped at any time, goes on where it was, and never measures a cell twice.  The
 a block is read, pruned and repaired, passes on its calibration and evaluation inputs, and is
 forgotten, so nothing is written but the number.
 
-Book: chapters 10 and 12.
+Book: chapters 11 and 12.
 """
 
 from __future__ import annotations

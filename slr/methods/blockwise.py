@@ -1,7 +1,7 @@
 """Prune and repair block by block, by a recipe: the system that the book is about.
 
 :func:`compress_model` does it to a loaded model; :mod:`slr.checkpoint.compression` takes the same
-steps with blocks that are read and written one at a time.  Book: chapters 5 and 10.
+steps with blocks that are read and written one at a time.  Book: chapters 5, 9 and 10.
 """
 
 from __future__ import annotations

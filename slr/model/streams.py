@@ -7,7 +7,7 @@ block.  A layer whose outputs are added to the residual stream can make up for t
 stream as well, which is most of it.  The layers of a block come in stages, those that read the same
 tensor together, so that each sees what the ones before it, compressed, put out.
 
-Book: chapter 8.
+Book: chapter 9.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ the calibration windows, to put out what the dense model does behind the same bl
 Some windows are held out, and what serves them best is kept, so that no block leaves worse than it
 came.
 
-Book: chapter 8.
+Book: chapter 9.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 # %% [markdown]
 # # Assignment 5. At equal bytes
 #
-# *After chapter 10. 20 points, about three hours.* A compressed model is worth
+# *After chapter 9. 20 points, about three hours.* A compressed model is worth
 # what the best other use of its bytes is not. The other use here is plain
 # rounding: every weight as a whole number of few bits, times a scale that a
 # group of neighbouring inputs shares. You write that, count bits a weight

@@ -1,4 +1,4 @@
-"""Drawings of chapters 10 to 15: whole models, comparisons, budgets."""
+"""Drawings of chapters 9 to 15: whole models, comparisons, budgets."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from slr.chapters.drawings.pen import (
 
 __all__ = [
     "block_by_block",
+    "crossings",
     "drift",
     "neurons_leave",
     "one_threshold",
     "only_flips_count",
     "two_budgets",
+    "two_orders",
 ]  # fmt: skip
 
 
@@ -72,8 +74,41 @@ def block_by_block() -> str:
     return sheet.svg()
 
 
+def crossings() -> str:
+    """Chapter 11, by hand: a pair that two tables order differently is a crossing of two lines."""
+    sheet = Sheet("Two tables as lists, best first; each crossing is a pair they disagree on", 292)
+    colors = {"refined": GREEN, "SVD": RED, "pruned": BLUE, "PCP": ORANGE}
+    panels = (
+        (20, ("refined", "SVD", "pruned"), ("SVD", "refined", "pruned")),
+        (340, ("refined", "SVD", "pruned", "PCP"), ("pruned", "refined", "PCP", "SVD")),
+    )
+    for x, large, small in panels:
+        sheet.text(x + 64, 32, "large", 15, GREY, "end")
+        sheet.text(x + 210, 32, "small", 15, GREY)
+        ends = {}
+        for place, name in enumerate(large):
+            y = 70 + 44 * place, 70 + 44 * small.index(name)
+            ends[name] = y
+            sheet.text(x + 64, y[0] + 5, name, 15, INK, "end")
+            sheet.text(x + 210, y[1] + 5, name, 15, INK)
+            sheet.path([(x + 76, y[0]), (x + 198, y[1])], colors[name], 2.5)
+        count = 0
+        for i, one in enumerate(large):
+            for other in large[i + 1 :]:
+                (a, b), (c, d) = ends[one], ends[other]
+                if b > d:
+                    share = (c - a) / (c - a + b - d)
+                    sheet.dot(x + 76 + 122 * share, a + (b - a) * share, 5, INK, "#ffffff")
+                    count += 1
+        total = len(large) * (len(large) - 1) // 2
+        sheet.text(x + 137, 246, f"*D* = {count} of {total}", 16, INK, "middle", bold=True)
+    sheet.path([(320, 20), (320, 256)], LIGHT, 1)
+    sheet.text(20, 280, "Best first. Half of all pairs cross when an order is drawn at random.", 15)
+    return sheet.svg()
+
+
 def drift() -> str:
-    """Chapter 10, by hand: the drift after each block, passed on or new."""
+    """Chapter 9, by hand: the drift after each block, passed on or new."""
     sheet = Sheet("The drift after each block, by hand: what was passed on and what is new", 310)
     dense, small = [1.0], [1.0]
     parts = [(0.0, 0.0)]
@@ -115,6 +150,41 @@ def drift() -> str:
     sheet.text(310, 297, "new, away", 15)
     sheet.rect(420, 284, 14, 14, GREEN)
     sheet.text(440, 297, "new, back", 15)
+    return sheet.svg()
+
+
+def two_orders() -> str:
+    """Chapter 10, by hand: through the same squares by rows or by columns."""
+    sheet = Sheet("Two windows through three blocks: by windows, or by blocks", 292)
+    states = ((2, 6, 30), (8, 24, 120))
+    panels = (
+        (20, "window by window", [(i, j) for i in (0, 1) for j in (0, 1, 2)], 6),
+        (340, "block by block", [(i, j) for j in (0, 1, 2) for i in (0, 1)], 3),
+    )
+    for x, name, order, reads in panels:
+        sheet.text(x, 32, name, 16, INK, bold=True)
+        places = {(i, j): (x + 70 + 74 * j, 84 + 74 * i) for i in (0, 1) for j in (0, 1, 2)}
+        for j, factor in enumerate((2, 3, 5)):
+            sheet.text(x + 98 + 74 * j, 70, f"× {factor}", 15, GREY, "middle")
+        for i, first in enumerate((1, 4)):
+            sheet.text(x + 30, 118 + 74 * i, f"{first}", 18, INK, "middle", bold=True)
+        for step, (place, then) in enumerate(zip(order, [*order[1:], order[-1]], strict=True), 1):
+            (a, b), (c, d) = places[place], places[then]
+            read = step == 1 or order[step - 2][1] != place[1]
+            sheet.rect(a, b, 56, 56, tint(ORANGE, 0.45) if read else PALE, GREY, 1, round_=4)
+            sheet.text(
+                a + 28, b + 38, f"{states[place[0]][place[1]]}", 18, INK, "middle", bold=True
+            )
+            sheet.text(a + 6, b + 16, f"{step}", 13, GREY)
+            if (a == c) != (b == d):  # to a neighbour
+                start, end = ((a + 57, b + 28), (c - 1, d + 28)) if d == b else (
+                    ((a + 28, b + 57), (c + 28, d - 1))
+                )  # fmt: skip
+                sheet.arrow(start, end, INK, 1.5)
+        sheet.text(x + 172, 244, f"{reads} blocks are read", 15, "#9a6a00", "middle")
+    sheet.path([(320, 20), (320, 256)], LIGHT, 1)
+    words = "Small numbers: in which order. Shaded: a block is read that is not in memory."
+    sheet.text(20, 280, words, 15)
     return sheet.svg()
 
 
