@@ -149,7 +149,7 @@ OUTPUTS = [
           ("H.diagonal().add_(RIDGE * H.diagonal().mean())",
            "H.diagonal().add_(1e-4 * H.diagonal().mean())")),
     fault("an aim away from what is lacking", (9,), "matrix/gram.py",
-          ("(weight.float() + shift).to(weight.dtype)", "(weight.float() - shift).to(weight.dtype)")),
+          ("(weight.float() + shift)", "(weight.float() - shift)")),
     fault("what is lacking not divided by the tokens", (9,), "matrix/statistics.py",
           ("(self.total / max(1, self.tokens)).float()", "self.total.float()")),
 ]  # fmt: skip
