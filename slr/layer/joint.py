@@ -5,7 +5,7 @@ program has such calls put together by a pass over its graph::
 
     model = torch.compile(model, options=slr.compile_options())
 
-No module changes, and no number.  Book: chapter 15.
+No module changes, and no number.  Book: chapter 17.
 """
 
 from __future__ import annotations
