@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slr.layer.compiled import SETS, chosen, library
 
-__all__ = ["DTYPES", "OPERATOR", "in_use", "missing", "multiply", "row_starts", "spread_", "tiled"]
+__all__ = ["DTYPES", "in_use", "missing", "multiply", "row_starts", "spread_", "tiled"]
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as `Kind` in native.cpp
 

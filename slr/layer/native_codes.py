@@ -14,7 +14,7 @@ from torch import Tensor
 from slr.layer import native
 from slr.layer.compiled import chosen, library
 
-__all__ = ["KINDS", "OPERATOR", "CodedMatrix", "by_rows", "most", "multiply", "rows_"]
+__all__ = ["KINDS", "CodedMatrix", "by_rows", "most", "multiply", "rows_"]
 
 FEW = 8  # tokens up to which codes are multiplied as they lie,
 TILED = 1024  # and where there are matrix units for them
