@@ -176,6 +176,7 @@ def main() -> int:
                 print(rows[-1])
             store(args.out, {**origin, "rates": rate}, rows)
         del models
+        torch.compiler.reset()  # it compiles so many programs of one function and no more
     return 0
 
 
