@@ -45,6 +45,7 @@ enum Set { PORTABLE, WITH_AVX2, WITH_AVX512, WITH_AMX };
 enum Matrix { PLAIN, SPARSE, SWIFT };  // all entries there; S; S where a row is read without care
 constexpr int SLABS[] = {1, 2, 4, 8, 16};  // tokens that are multiplied at once
 constexpr int64_t PAD = 64;                // columns to which x is padded with zeros
+constexpr int64_t APART = 32;              // more, so that not all tokens share sets of the cache
 constexpr int64_t FEW = 4;                 // tokens up to which rows are faster than tiles
 constexpr int64_t MANY = 512;              // tokens that pass by a panel at once
 constexpr int64_t AHEAD = 2048;            // bytes of values asked for before they are needed
@@ -488,17 +489,21 @@ Spread spread_of(int64_t size, Set set) {
   return size == 2 ? CHOSEN(spread, set, 2, M) : CHOSEN(spread, set, 4, M);
 }
 
-// x (tokens, n) in what the kernels read: see `Times`.  `room` keeps it.
-const void* padded(const char* x, int64_t tokens, int64_t n, Kind kind, bool halves,
-                   int64_t by_token, int64_t by_column, std::vector<float>& room) {
-  char* const rows = reinterpret_cast<char*>(room.data());
+// The first whole line of the cache in a room of at least 15 floats more than are needed.
+float* line(std::vector<float>& room) {
+  return room.data() + (-reinterpret_cast<uintptr_t>(room.data()) & 63) / 4;
+}
+
+// `to` ← x (tokens, n) as the kernels read it: see `Times`.
+void pad(const char* x, int64_t tokens, int64_t n, Kind kind, bool halves, int64_t by_token,
+         int64_t by_column, float* to) {
+  char* const rows = reinterpret_cast<char*>(to);
   for (int64_t t = 0; t < tokens; t++)
     if (halves)
       std::memcpy(rows + 2 * t * by_token, x + 2 * t * n, 2 * n);
     else
       for (int64_t c = 0; c < n; c++)
-        room[t * by_token + c * by_column] = wide(x, t * n + c, kind);
-  return room.data();
+        to[t * by_token + c * by_column] = wide(x, t * n + c, kind);
 }
 
 int64_t up(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
@@ -546,15 +551,16 @@ struct Share {
 CodesInput for_codes(const Layer& layer, Set set, const char* x, int64_t some, int slab,
                      std::vector<float>& room, std::vector<float>& sums) {
   const Coded& S = *layer.coded;
-  room.assign(slab * up(layer.n), 0.0f);
+  room.assign(slab * up(layer.n) + 15, 0.0f);
+  float* const in = line(room);
   if (layer.kind != BF16 || !codes_in_halves(S, set, slab)) {
-    padded(x, some, layer.n, layer.kind, false, up(layer.n), 1, room);
-    return {room.data(), nullptr, up(layer.n)};
+    pad(x, some, layer.n, layer.kind, false, up(layer.n), 1, in);
+    return {in, nullptr, up(layer.n)};
   }
   sums.assign(slab * codes_sums(S), 0.0f);
   codes_input(S, reinterpret_cast<const uint16_t*>(x), some,
-              reinterpret_cast<uint16_t*>(room.data()), sums.data());
-  return {room.data(), sums.data(), up(layer.n)};
+              reinterpret_cast<uint16_t*>(in), sums.data());
+  return {in, sums.data(), up(layer.n)};
 }
 
 // How the rows of one of the layers that share their tokens are read.
@@ -571,12 +577,13 @@ void by_rows(const Layer* layers, int count, Set set, int threads, const char* x
   thread_local std::vector<float> room, low;
   thread_local std::vector<Reader> readers;
   const Kind kind = layers->kind;
-  const int64_t n = layers->n, size = layers->size, width = up(n);
+  const int64_t n = layers->n, size = layers->size, width = up(n) + APART;
   const bool halves = kind == BF16 && set >= WITH_AVX512;
   const int slab = *std::find_if(SLABS, SLABS + 4, [&](int s) { return s >= some; });
   const int64_t by_column = set == PORTABLE ? slab : 1;
-  room.assign(slab * width, 0.0f);
-  const void* in = padded(x, some, n, kind, halves, set == PORTABLE ? 1 : width, by_column, room);
+  room.assign(slab * width + 15, 0.0f);
+  float* const in = line(room);
+  pad(x, some, n, kind, halves, set == PORTABLE ? 1 : width, by_column, in);
   readers.resize(std::max<size_t>(readers.size(), count));
   int64_t lows = 0, codes = 0;
   for (int l = 0; l < count; l++) {
