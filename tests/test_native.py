@@ -15,6 +15,7 @@ from slr.layer import compiled, native, packing
 from slr.layer.bits import pack_mask
 from slr.layer.few import few_tokens
 
+PLAIN = tuple("-O0" if flag == "-O3" else flag for flag in compiled.FLAGS)  # five times as soon
 HERE = [] if native.missing() else list(compiled.SETS[: compiled.library().best + 1])
 pytestmark = pytest.mark.skipif(not HERE, reason=native.missing() or "none")
 
@@ -216,6 +217,7 @@ def test_without_torchs_headers_the_operators_stay_in_python(tmp_path):
     code = (
         "import pathlib, torch, slr; from slr.layer import compiled, native\n"
         f"compiled.OPERATORS = pathlib.Path({str(tmp_path / 'operators.cpp')!r})\n"
+        f"compiled.FLAGS = {PLAIN!r}\n"
         "layer = slr.SLRLinear.from_linear(torch.nn.Linear(24, 12), pattern=0.5, rank=3)\n"
         "print(compiled.library().operators, compiled.library().missing, layer.few)\n"
         "with torch.no_grad():\n"
@@ -316,6 +318,7 @@ def test_without_it_the_answer_is_the_same():
 
 
 def test_it_is_kept_and_a_damaged_copy_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "FLAGS", PLAIN)
     monkeypatch.setenv("SLR_CACHE", str(tmp_path / "one"))
     assert compiled.library.__wrapped__().missing == ""
     (file,) = (tmp_path / "one").iterdir()
