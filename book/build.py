@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -98,6 +99,13 @@ def run_changed(chapters: list[Path], run: Callable = run) -> list[Path]:
     return sorted(failed)
 
 
+def remove_old(html: Path, since: float) -> None:
+    """Delete the pages that were not rendered since then: their chapters have other names now."""
+    for page in html.rglob("*.html"):
+        if "_static" not in page.parts and page.stat().st_mtime < since:
+            page.unlink()
+
+
 def main() -> int:
     """The exit code: 0 if every chapter ran and no page has a warning."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a chapter on each core, not all on all
@@ -106,7 +114,10 @@ def main() -> int:
     failed = run_changed(chapters, stored if checked else run)
     book = Path(sys.executable).with_name("jupyter-book")
     render = [str(book), "build", "--all", "-W", "--keep-going", "."]
+    started = time.time() - 2  # what a coarse clock of files may be behind
     code = subprocess.run(render).returncode
+    if not code:
+        remove_old(BUILD / "html", started)  # all are rendered anew
     for file in failed:
         print(f"{file} failed: {LOGS / file.stem}.log", file=sys.stderr)
     if code and not failed:

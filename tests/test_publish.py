@@ -1,5 +1,6 @@
 """The PDF and the EPUB before a browser prints them: contents, links, files, XML."""
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ import pikepdf
 import pytest
 import yaml
 
-from book import epub, pdf, publish
+from book import build, epub, pdf, publish
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,3 +129,13 @@ def test_a_page_that_was_not_built(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "BUILT", tmp_path)
     with pytest.raises(SystemExit, match="run 'make book' first"):
         publish.collect(["book/intro.html"], one=True, style="")
+
+
+def test_a_page_that_is_no_longer_rendered_is_deleted(tmp_path):
+    old, new, static = (tmp_path / n for n in ("9_old.html", "9_new.html", "_static/x.html"))
+    for file, at in ((old, 100), (new, 200), (static, 100)):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("page")
+        os.utime(file, (at, at))
+    build.remove_old(tmp_path, 150)
+    assert [old.exists(), new.exists(), static.exists()] == [False, True, True]
