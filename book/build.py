@@ -100,9 +100,13 @@ def run_changed(chapters: list[Path], run: Callable = run) -> list[Path]:
 
 
 def remove_old(html: Path, since: float) -> None:
-    """Delete the pages that were not rendered since then: their chapters have other names now."""
+    """Delete the pages that were not rendered since then: their chapters have other names now.
+
+    Only the front page, which leads to the first one, is written once for all.
+    """
     for page in html.rglob("*.html"):
-        if "_static" not in page.parts and page.stat().st_mtime < since:
+        kept = "_static" in page.parts or page == html / "index.html"
+        if not kept and page.stat().st_mtime < since:
             page.unlink()
 
 

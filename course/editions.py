@@ -23,6 +23,7 @@ ONE_LINE = re.compile(r"^(def .*\):) \.\.\.  # your code(.*)$", re.M)
 BODY = re.compile(r"^(\s+)\.\.\.  # your code(.*)$", re.M)
 CHECK = re.compile(r"^# (check_\w+\(.*?\))(.*)$", re.M)
 TO_FILL = r'raise NotImplementedError("your code\2")'
+QUIZ = "the quiz on this chapter"  # a page of the book, which a student may have or not
 FINDINGS = "*What you tried, what came out, and what you conclude from it:*\n\n…"
 
 
@@ -51,6 +52,7 @@ def student(notebook: NotebookNode) -> NotebookNode:
         if "solution" in chapters.tags(cell):
             continue
         cells.append(bare(cell))
+        cells[-1].source = cells[-1].source.replace(QUIZ, f"{QUIZ}, on the book's page *Quiz*")
         if "exercise" in chapters.tags(cell):
             cells[-1].source, call = to_fill(cell.source)
             cells.append(new_code_cell(call, id=f"{cell.id}-check", metadata={"tags": ["mark"]}))

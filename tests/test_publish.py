@@ -132,10 +132,11 @@ def test_a_page_that_was_not_built(tmp_path, monkeypatch):
 
 
 def test_a_page_that_is_no_longer_rendered_is_deleted(tmp_path):
-    old, new, static = (tmp_path / n for n in ("9_old.html", "9_new.html", "_static/x.html"))
-    for file, at in ((old, 100), (new, 200), (static, 100)):
+    names = ("9_old.html", "9_new.html", "_static/x.html", "index.html")
+    old, new, static, index = (tmp_path / name for name in names)
+    for file, at in ((old, 100), (new, 200), (static, 100), (index, 100)):
         file.parent.mkdir(exist_ok=True)
         file.write_text("page")
         os.utime(file, (at, at))
     build.remove_old(tmp_path, 150)
-    assert [old.exists(), new.exists(), static.exists()] == [False, True, True]
+    assert [file.exists() for file in (old, new, static, index)] == [False, True, True, True]

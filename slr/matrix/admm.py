@@ -6,7 +6,7 @@ it.  ADMM splits S in two: one that is free and fits the outputs, and one, D, th
 with a penalty ρ on their difference and a running sum u of it.  In units of the inputs' loudness,
 W ← W diag(√H_jj) and H with a diagonal of ones, a round is
 
-    S ← R + ρ (D - u - R) (H + ρ I)⁻¹,  R = W - B A        argmin ‖(R - S) H^½‖² + ρ ‖S - D + u‖²
+    S ← M + ρ (D - u - M) (H + ρ I)⁻¹,  M = W - B A        argmin ‖(M - S) H^½‖² + ρ ‖S - D + u‖²
     D ← the largest entries of S + u                         projection on the pattern
     u ← u + S - D
     B A ← towards the best rank-k part of W - S              one block power step
@@ -89,8 +89,8 @@ def choose_mask(
         if rho != penalty:
             u.mul_(penalty / rho)  # it is in units of 1/ρ
             penalty, inverse = rho, _inverse(unit, rho)
-        R = torch.addmm(W, B, A, alpha=-1)
-        S = torch.addmm(R, D.sub_(u).sub_(R), inverse, alpha=rho)
+        M = torch.addmm(W, B, A, alpha=-1)
+        S = torch.addmm(M, D.sub_(u).sub_(M), inverse, alpha=rho)
         torch.sub(W, S, out=rest)
         target = S.add_(u)
         mask = pattern.chosen(target.abs())

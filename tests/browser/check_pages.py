@@ -113,6 +113,11 @@ function look(frame, width) {
     unreachable: controls.filter((node) => { node.focus(); return doc.activeElement !== node; })
       .map((node) => node.outerHTML.slice(0, 120)),
     scrollers: scrollers(doc),
+    // Of a formula in a line of a statement: wider than its place without being drawn so.
+    nudged: [...doc.querySelectorAll("div.proof mjx-container:not([display='true'])")]
+      .filter((node) => node.clientWidth && node.scrollWidth > node.clientWidth + 2
+        && node.firstElementChild.getBoundingClientRect().width <= node.clientWidth + 2)
+      .map((node) => node.parentNode.textContent.slice(0, 80)),
     faded: [...article.querySelectorAll(".goes-on")].filter((node) => node.clientWidth <= 80)
       .map((node) => node.parentNode.textContent.slice(0, 80)),
     wrapped: [...article.querySelectorAll("div.highlight pre")].filter(
@@ -211,6 +216,12 @@ def test_what_scrolls_shows_it(seen):
 def test_what_fits_does_not_fade(seen):
     """A letter in a sentence, narrower than the fade itself, would be lost in it."""
     bad = {where: found[:3] for where, found in everywhere(seen, "faded").items() if found}
+    assert not bad
+
+
+def test_a_formula_that_fits_does_not_scroll(seen):
+    """Its text for screen readers, which nobody sees, is wider than the formula."""
+    bad = {where: found[:3] for where, found in everywhere(seen, "nudged").items() if found}
     assert not bad
 
 
