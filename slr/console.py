@@ -132,6 +132,6 @@ class Commands(TyperGroup):
             code = super().main(args, prog_name, standalone_mode=False, **options)
         if code == 130:
             name = next(iter(sys.argv[1:] if args is None else args), None)
-            goes_on = "; the same command, given again, goes on" if name in GOES_ON else ""
-            fail(f"stopped{goes_on}", 130)
+            again = "stopped; the same command, given again, goes on"
+            fail(again if name in GOES_ON else "stopped", 130)
         raise SystemExit(code or 0)
