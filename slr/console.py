@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from slr.model.edges import first_line
 __all__ = ["Commands", "as_json", "fail", "measured_rows", "say", "table"]
 
 TRACEBACK = "SLR_TRACEBACK"  # set in the environment, shows where a fault arose
+GOES_ON = ("compress", "export", "league", "reproduce")  # commands that take up what they left
 UsageError: Any = typer.BadParameter.__base__  # of any wrong option or argument
 PACKAGE = str(Path(__file__).parent)
 
@@ -113,7 +115,7 @@ def _told(error: Exception) -> tuple[str, int]:
     if isinstance(error, ValueError | TypeError) and str(error):
         return str(error), 2
     if isinstance(error, OSError | RuntimeError | ImportError) and str(error):
-        return str(error), 1
+        return re.sub(r"^\[Errno -?\d+\] ", "", str(error)), 1
     return f"unexpected {first_line(error)}; set {TRACEBACK}=1 to see where", 1
 
 
@@ -129,5 +131,7 @@ class Commands(TyperGroup):
         with _in_lines():
             code = super().main(args, prog_name, standalone_mode=False, **options)
         if code == 130:
-            fail("stopped", 130)
+            name = next(iter(sys.argv[1:] if args is None else args), None)
+            again = "stopped; the same command, given again, goes on"
+            fail(again if name in GOES_ON else "stopped", 130)
         raise SystemExit(code or 0)

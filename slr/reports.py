@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import torch
 
 from slr.checkpoint import named
 from slr.checkpoint.cards import beaten, far
@@ -50,6 +53,22 @@ def foretell(found: Estimate, json_output: bool) -> None:
     say(
         f"about {long}, {found.memory / 1e9:.1f} GB of memory, {found.disk / 1e6:.1f} MB of disk "
         "(estimated by trying out one block)"
+    )
+    if (advice := _busy()) is not None:
+        say(advice)
+
+
+def _busy() -> str | None:
+    """Advice where other programs want the cores, on which threads of torch would wait actively."""
+    alone = torch.get_num_threads() == 1
+    if alone or os.environ.get("OMP_WAIT_POLICY") or not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < 1.25 * cores:  # what torch itself makes is 1
+        return None
+    return (
+        f"other programs want the cores, too (load {load:.1f} on {cores}): with "
+        "OMP_WAIT_POLICY=PASSIVE in the environment, or OMP_NUM_THREADS=1, it can be much faster"
     )
 
 

@@ -1,12 +1,18 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import slr
+from slr.checkpoint.estimates import Estimate
+from slr.checkpoint.journal import Journal
 from slr.cli import app
+from slr.reports import foretell
 
 
 def run(*arguments):
@@ -88,6 +94,57 @@ def test_a_failure_in_work_is_one_line_and_code_1(small, tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "slr: No space left on device" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_told_without_its_number(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    done = run("compress", small, "--out", tmp_path / "x", "--prune", "magnitude")
+    assert done.exit_code == 1
+    assert f"slr: {tmp_path / 'x'} will need about " in done.stderr
+
+
+@pytest.mark.parametrize(("command", "says"), [("compress", "goes on"), ("info", "slr: stopped\n")])
+def test_control_c_says_whether_the_same_command_goes_on(small, monkeypatch, command, says):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slr.reports.folder_of", interrupt)
+    monkeypatch.setattr("slr.cli.resolve", interrupt)
+    done = run(command, small, *(["--out", "x"] if command == "compress" else []))
+    assert done.exit_code == 130
+    assert says in done.stderr
+
+
+def test_a_dry_run_says_that_the_place_cannot_be_written(small, tmp_path):
+    (tmp_path / "file").touch()
+    done = run("compress", small, "--out", tmp_path / "file" / "x", "--dry-run")
+    assert done.exit_code == 2
+    assert f"slr: cannot write to {tmp_path / 'file' / 'x'}.partial: Not a directory" in done.stderr
+
+
+def test_what_a_stopped_run_left_is_told_from_a_broken_folder(small, tmp_path):
+    out = tmp_path / "x"
+    with suppress(KeyboardInterrupt), Journal(out, {}) as journal:
+        journal.add("one", {"x": torch.ones(2)}, {})
+        raise KeyboardInterrupt
+    for given in (out, f"{out}.partial"):
+        done = run("info", given)
+        assert done.exit_code == 2
+        assert "give that command again" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("load", "policy", "told"), [(9, None, 1), (9, "PASSIVE", 0), (0, None, 0)]
+)
+def test_a_busy_machine_is_told_of(monkeypatch, capsys, load, policy, told):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    foretell(Estimate(100.0, 10**9, 10**6), json_output=False)
+    assert capsys.readouterr().err.count("OMP_WAIT_POLICY=PASSIVE") == told
 
 
 def test_broken_weights_are_one_line_and_code_2(small, tmp_path):

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CompileConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -96,6 +97,22 @@ def test_a_config_alone_keeps_the_format(made, tmp_path):
     ours = json.loads((made / "config.json").read_text())["slr"]
     assert json.loads((tmp_path / "config.json").read_text())["slr"]["layers"] == ours["layers"]
     assert LlamaConfig.from_pretrained(tmp_path).num_hidden_layers == 2
+
+
+def test_generate_may_compile_it(made):
+    model = AutoModelForCausalLM.from_pretrained(made)
+    step = CompileConfig(mode=None, options=slr.compile_options())
+    step._compile_all_devices = True
+    asked = []
+
+    def compiled(_):
+        asked.append(step)
+        return model.__call__
+
+    model.get_compiled_call = compiled
+    options = {"use_cache": True, "cache_implementation": "static", "compile_config": step}
+    model.generate(IDS, max_new_tokens=3, do_sample=False, **options)
+    assert asked
 
 
 def test_pickles_into_another_process(made, tmp_path):

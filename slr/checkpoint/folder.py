@@ -49,6 +49,7 @@ def resolve(model: str | Path, download: bool = True) -> Path:
         ValueError: there is no such thing, or it is no safetensors checkpoint.
     """
     folder = named.place(model) or Path(model)
+    _refuse_unfinished(folder)
     if not folder.is_dir():
         if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
             names = ", ".join(map(repr, named.NAMES))
@@ -62,6 +63,18 @@ def resolve(model: str | Path, download: bool = True) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"folder {folder} has no .safetensors file (pickles are not read)")
     return folder
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raise ValueError if a run that was stopped has left its work there, and no more."""
+    if (folder / "config.json").is_file():
+        return
+    for work in (folder, Path(f"{folder}.partial")):
+        if work.suffix == ".partial" and (work / "journal.json").is_file():
+            raise ValueError(
+                f"{work} is what a run has left that is not done; give that command again, and it "
+                f"goes on and ends with {work.with_suffix('')}"
+            )
 
 
 def _from_hub(name: str, download: bool) -> Path:

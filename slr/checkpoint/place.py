@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["PROBE", "become", "check_free", "check_rename", "target"]
+__all__ = ["PROBE", "become", "check_free", "check_parent", "check_rename", "target"]
 
 PROBE = "probe"
 
@@ -34,6 +34,16 @@ def check_free(out: Path) -> None:
     """Raise ValueError unless `out` does not exist yet or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give the name of a new folder")
+
+
+def check_parent(out: Path) -> None:
+    """Raise ValueError unless folders can be made beside `out`."""
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    why = "Not a directory" if not parent.is_dir() else "Permission denied"
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {out}.partial: {why}")
 
 
 def become(folder: Path, out: Path) -> None:

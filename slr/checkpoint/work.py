@@ -20,7 +20,7 @@ from slr.checkpoint.finish import complete
 from slr.checkpoint.folder import context, load_tokenizer, resolve, small_files
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.named import default_text
-from slr.checkpoint.place import check_free, target
+from slr.checkpoint.place import check_free, check_parent, target
 from slr.checkpoint.sizes import bytes_after, check_space
 from slr.checkpoint.source import origin
 from slr.matrix.pruners import Like
@@ -115,6 +115,7 @@ def look(
     out, source = target(out), resolve(model)
     if not out.with_name(f"{out.name}.partial").exists():
         check_free(out)
+    check_parent(out)
     stream = Stream(source, device)
     if stream.about is not None:
         raise ValueError("the model is compressed already; give its dense source")

@@ -35,6 +35,7 @@ class SLRQuantizer(HfQuantizer):
     """Puts placeholders into an empty model, checks them when they are filled, describes them."""
 
     requires_calibration = True  # it is not transformers that compresses
+    is_compileable = True  # or generate() would skip the compilation that it is asked for
 
     quantization_config: SLRConfig
 
