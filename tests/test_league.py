@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import slr
 from slr.checkpoint.sizes import checkpoint_account
 from slr.cli import app
+from slr.evaluate import league
 from slr.evaluate.league import Place, as_table, places
 from slr.evaluate.reproduction import reproduce, sizes
 from slr.evaluate.tables import Spec
@@ -89,6 +90,14 @@ def test_the_league_is_in_order_and_stars_the_frontier(table):
     text = as_table(found).splitlines()
     assert len({len(line) for line in text}) == 1
     assert text[0].split() == ["row", "bits", "MB", "arithmetic", "perplexity", "seconds"]
+
+
+def test_of_equal_size_the_better_one_has_the_star():
+    sizes = {"a": (4.0, 9.0), "b": (4.0, 8.0), "c": (5.0, 8.0), "d": (5.0, 7.0), "e": (6.0, 7.0)}
+    found = [Place(n, bits, 1, 1.0, 99.0, value, 1.0) for n, (bits, value) in sizes.items()]
+    shown = league._starred(found)
+    assert [p.name for p in shown] == ["b", "a", "d", "c", "e"]
+    assert [p.name for p in shown if p.frontier] == ["b", "d"]
 
 
 def test_a_second_text_decides_where_it_is_there():

@@ -69,12 +69,16 @@ def places(spec: Spec, out: str | Path, text: str | None = None) -> list[Place]:
                 told["about"]["seconds"],
             )
         )  # fmt: skip
-    found.sort(key=lambda place: place.bits)
+    return _starred(found)
+
+
+def _starred(found: list[Place]) -> list[Place]:
+    """In order, of equal size the best first, and the frontier marked."""
+    value = {p: p.perplexity if p.other is None else p.other for p in found}
     best, shown = float("inf"), []
-    for place in found:
-        value = place.perplexity if place.other is None else place.other
-        shown.append(place._replace(frontier=value < best))
-        best = min(best, value)
+    for place in sorted(found, key=lambda p: (p.bits, value[p])):
+        shown.append(place._replace(frontier=value[place] < best))
+        best = min(best, value[place])
     return shown
 
 
