@@ -279,8 +279,7 @@ LAYERS = [
     fault("a league by the bytes of the whole model", (19,), "evaluate/league.py",
           ('bits = 8 * told["in_layers"]', 'bits = 8 * told["bytes"]')),
     fault("a frontier by the other text's perplexity", (19,), "evaluate/league.py",
-          ("value = place.perplexity if place.other is None else place.other",
-           "value = place.perplexity")),
+          ("p.perplexity if p.other is None else p.other for p", "p.perplexity for p")),
     fault("distillation with the divergence turned round", (19,), "model/distillation.py",
           ("kl_div(found, wanted,", "kl_div(wanted, found,")),
 ]  # fmt: skip
