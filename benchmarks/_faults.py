@@ -278,8 +278,8 @@ LAYERS = [
           ("(x, S, B, A, self.bias)", "(x, S, 0 * B, A, self.bias)")),
     fault("a league by the bytes of the whole model", (19,), "evaluate/league.py",
           ('bits = 8 * told["in_layers"]', 'bits = 8 * told["bytes"]')),
-    fault("a frontier by the other text's perplexity", (19,), "evaluate/league.py",
-          ("p.perplexity if p.other is None else p.other for p", "p.perplexity for p")),
+    fault("of two of equal size the worse one on the frontier", (19,), "evaluate/league.py",
+          ("key=lambda p: (p.bits, value[p])", "key=lambda p: (p.bits, -value[p])")),
     fault("distillation with the divergence turned round", (19,), "model/distillation.py",
           ("kl_div(found, wanted,", "kl_div(wanted, found,")),
 ]  # fmt: skip
