@@ -311,7 +311,7 @@ def test_without_it_the_answer_is_the_same():
         told[name] = done.stdout.splitlines()
     assert told["here"][1] == "native"
     assert "SLR_NATIVE=0 is set" in told["off"][0]
-    assert "no C++ compiler" in told["none"][0]
+    assert "there is no C++ compiler ($CXX names 'no-such-compiler')" in told["none"][0]
     assert "does not compile here" in told["fails"][0]
     assert all(lines[1] == "cpu" for name, lines in told.items() if name != "here")
     assert len({lines[2] for lines in told.values()}) == 1

@@ -88,7 +88,9 @@ def library() -> Library:
         return Library(None, "SLR_NATIVE=0 is set")
     compiler = _compiler()
     if compiler is None:
-        return Library(None, "there is no C++ compiler (g++ or clang++; $CXX names another)")
+        named = os.environ.get("CXX")
+        why = f"$CXX names {named!r}" if named else "g++ or clang++; $CXX names another"
+        return Library(None, f"there is no C++ compiler ({why})")
     try:
         return _kept(compiler)
     except (OSError, subprocess.SubprocessError) as error:
