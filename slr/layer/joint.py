@@ -77,36 +77,34 @@ def _join(graph: fx.Graph, several: Any, x: fx.Node, calls: list[fx.Node]) -> No
         graph.erase_node(call)
 
 
-def _define(one: Any, name: str, schema: str, factor: int) -> Any:
-    """An operator for several layers of what `one` is for one; B is `factor` places behind x."""
+def _define(one: Any, name: str, schema: str) -> Any:
+    """An operator for several layers of what `one` is for one."""
 
     def multiply(x: Tensor, *parts: list) -> list[Tensor]:
         return [one(x, *layer) for layer in zip(*parts, strict=True)]
 
-    def fake(x: Tensor, *parts: list) -> list[Tensor]:
-        return [x.new_empty(*x.shape[:-1], B.shape[0]) for B in parts[factor - 1]]
-
-    torch.library.define(name, schema)
-    torch.library.impl(name, "default")(multiply)
-    torch.library.register_fake(name, fake)
-    return torch.ops.slr.__getattr__(name.partition("::")[2]).default
+    torch.library.define(f"slr::{name}", schema)
+    torch.library.impl(f"slr::{name}", "default")(multiply)
+    torch.library.register_fake(f"slr::{name}", multiply)
+    return getattr(torch.ops.slr, name).default
 
 
 # In C++ where `operators.cpp` was compiled.
 SEVERAL = {
-    native.OPERATOR: _define(
-        native.OPERATOR,
-        "slr::native_together",
-        "(Tensor x, Tensor[] values, Tensor[] bitmask, Tensor?[] starts, Tensor[] B, Tensor[] A,"
-        " Tensor?[] bias) -> Tensor[]",
-        4,
-    ),
-    native_codes.OPERATOR: _define(
-        native_codes.OPERATOR,
-        "slr::native_codes_together",
-        "(Tensor x, Tensor[] planes, Tensor[] scale, Tensor?[] zero, Tensor?[] mask,"
-        " Tensor?[] starts, Tensor[] B, Tensor[] A, Tensor?[] bias, int[] bits, int[] group,"
-        " int[] kept) -> Tensor[]",
-        6,
-    ),
+    one: _define(one, name, schema)
+    for one, name, schema in (
+        (
+            native.OPERATOR,
+            "native_together",
+            "(Tensor x, Tensor[] values, Tensor[] bitmask, Tensor?[] starts, Tensor[] B,"
+            " Tensor[] A, Tensor?[] bias) -> Tensor[]",
+        ),
+        (
+            native_codes.OPERATOR,
+            "native_codes_together",
+            "(Tensor x, Tensor[] planes, Tensor[] scale, Tensor?[] zero, Tensor?[] mask,"
+            " Tensor?[] starts, Tensor[] B, Tensor[] A, Tensor?[] bias, int[] bits, int[] group,"
+            " int[] kept) -> Tensor[]",
+        ),
+    )
 }
