@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from slr.console import table as columns_of
 
 __all__ = ["PASSED_ON", "bench", "league", "reproduce"]
 
+FIGURES = (".svg", ".png", ".pdf")
 # `slr bench NAME …` hands on what it does not know.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -75,6 +77,13 @@ def league(
     out: Annotated[
         Path | None, typer.Option(help="folder of the cells  [default: results/measured/league]")
     ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="draw other calibration windows; the table tells mean and spread"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="a figure to draw, as league.svg or league.png")
+    ] = None,
     device: opt.Device = "auto",
     fresh: opt.Fresh = False,
     json_output: opt.Json = False,
@@ -83,21 +92,43 @@ def league(
     from slr.evaluate import league as places_of
     from slr.evaluate import reproduction
 
+    if plot is not None:
+        _check_figure(plot)
     spec, where = reproduction.Spec.read("league"), opt.device_of(device)
     name = "league" if model == spec.model else f"league-{Path(model).name}"
     out = out or Path("results") / "measured" / name
     say(f"{spec.title}: {model} -> {out}, on {where}")
     reports.folder_of(model)
+    drawn, into = (spec, out) if seed is None else places_of.seeded(spec, out, seed)
     reproduction.reproduce(
-        spec, out, model=model, rows=rows.split(","), text=text, device=where, fresh=fresh,
+        drawn, into, model=model, rows=rows.split(","), text=text, device=where, fresh=fresh,
         progress=True,
     )  # fmt: skip
     second = None if text is None else Path(text).name
     found = places_of.places(spec, out, second)
+    if plot is not None:
+        from slr.chapters.plots import league_panels
+
+        league_panels(found).savefig(plot)
     if json_output:
         print(as_json({"model": model, "league": [place._asdict() for place in found]}))
         return
     print(places_of.as_table(found, second))
+
+
+def _check_figure(file: Path) -> None:
+    """Raise unless a figure can be drawn into a file.
+
+    Raises:
+        ValueError: its name has no suffix of a figure, or its folder is not there.
+        ModuleNotFoundError: matplotlib is not.
+    """
+    if file.suffix not in FIGURES:
+        raise ValueError(f"figure {file} must end with one of {', '.join(FIGURES)}")
+    if not file.parent.is_dir():
+        raise ValueError(f"figure {file}: there is no folder {file.parent}")
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("figures need matplotlib: pip install matplotlib")
 
 
 def bench(

@@ -58,7 +58,11 @@ DryRun = Annotated[
     bool, Option("--dry-run", help="only estimate time, memory and disk, from one block")
 ]
 Preset = Annotated[
-    str | None, Option(help=f"{' | '.join(PRESETS)}: options that those given here are added to")
+    str | None,
+    Option(
+        help=f"{' | '.join(PRESETS)}: options that those given here are added to; best takes a "
+        "mask, int4 codes of four bits instead, paper what the paper does"
+    ),
 ]
 Stored = Annotated[str, Option(help=f"of the weights to write: {' | '.join(DTYPES)}")]
 Config = Annotated[

@@ -11,7 +11,7 @@ import slr
 from slr.checkpoint.sizes import checkpoint_account
 from slr.cli import app
 from slr.evaluate import league
-from slr.evaluate.league import Place, as_table, places
+from slr.evaluate.league import Place, as_table, places, seeded
 from slr.evaluate.reproduction import reproduce, sizes
 from slr.evaluate.tables import Spec
 from slr.matrix.rounding import Grid
@@ -116,3 +116,33 @@ def test_the_command(small, tmp_path):
     assert "plain int8" in done.stdout
     done = CliRunner().invoke(app, ["league", str(small), "--rows", "nothing"])
     assert "row 'nothing' fits none of dense" in done.output
+
+
+def test_seeds_are_beside_one_another_and_their_spread_is_told(small, table, tmp_path):
+    spec, _ = table
+    cells = tmp_path / "cells"
+    rows = ["dense", "pruned", "codes"]
+    for seed in (0, 1, 2):
+        reproduce(*seeded(spec, cells, seed), rows=rows)
+    found = {place.name: place for place in places(spec, cells)}
+    assert len(set(found["codes"].seeds)) == 3  # other windows, another model
+    assert len(set(found["pruned"].seeds)) == 1  # reads no windows
+    assert found["codes"].seeds[0] == found["codes"].perplexity
+    told = as_table(list(found.values()))
+    assert "over seeds" in told
+    assert "± 0.00 of 3" in told
+    assert seeded(spec, cells, 0) == (spec, cells)
+
+
+def test_the_figure_is_drawn_and_a_wrong_name_is_refused_before(small, tmp_path):
+    options = ["--rows", "dense,rounded/*", "--out", str(tmp_path / "cells")]
+    figure = tmp_path / "league.svg"
+    done = CliRunner().invoke(app, ["league", str(small), *options, "--plot", str(figure)])
+    assert done.exit_code == 0, done.output
+    assert figure.read_text().count("<svg") == 1
+    for name, why in (("league.txt", "must end with"), ("none/league.svg", "there is no folder")):
+        done = CliRunner().invoke(
+            app, ["league", str(small), *options, "--plot", str(tmp_path / name)]
+        )
+        assert done.exit_code == 2
+        assert why in " ".join(done.output.split())

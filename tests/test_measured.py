@@ -18,6 +18,7 @@ from slr.model import data
 from slr.model.plain import PLAIN, round_linears
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
+from slr.options import recipe_of
 
 FEW = {"samples": 2, "seqlen": 32, "iterations": 2}
 run = CliRunner().invoke
@@ -152,3 +153,7 @@ def test_presets_benchmarks_and_version():
     wrong = run(app, ["compress", "tiny", "--out", "x", "--preset", "fast"])
     assert isinstance(wrong.exception, SystemExit)
     assert wrong.exception.code == 2
+    int4 = slr.Recipe(pattern="dense", values="int4 by 64")
+    assert recipe_of(None, {}, {}, None, "int4") == int4
+    both = recipe_of(None, {}, {"pattern": "2:4"}, None, "int4")
+    assert both == slr.Recipe(values="int4 by 64")

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
-__all__ = ["COLORS", "curves", "grouped_bars", "heat_maps", "use_style"]
+    from slr.evaluate.league import Place
+
+__all__ = ["COLORS", "curves", "grouped_bars", "heat_maps", "league_panels", "use_style"]
 
 # Okabe and Ito 2008, by meaning.
 COLORS = {
@@ -201,3 +204,81 @@ def heat_maps(
     if label and image is not None:
         figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     return axes[: len(panels)]
+
+
+# Of rows of the league by how their names begin: what they are called, colour and marker.
+FAMILIES = {
+    "dense": ("dense", "dense", "o"),
+    "plain": ("plain rounding", "other", "o"),
+    "GPTQ": ("GPTQ", "sparse", "s"),
+    "ours int": ("ours, codes", "refined", "^"),
+    "ours": ("ours, with a mask", "low rank", "D"),
+    "": ("others' methods", "svd", "v"),
+}
+
+
+def league_panels(found: Sequence[Place], most: float = 8.0) -> Figure:
+    """Perplexity against bits a weight, and below it against arithmetic, with both frontiers.
+
+    Args:
+        found: rows of :func:`slr.evaluate.league.places`.
+        most: times the best perplexity; what is worse is left out.
+    """
+    from matplotlib import pyplot as plt
+
+    use_style()
+    figure, panels = plt.subplots(2, 1, figsize=(6.6, 7.4), sharey=True)
+    value = {p: p.perplexity if p.other is None else p.other for p in found}
+    value = {p: v for p, v in value.items() if v <= most * min(value.values())}
+    labels = []
+    for axes, key, label in zip(
+        panels, ("bits", "multiplications"),
+        ("bits a weight", "multiplications a token, dense = 1"), strict=True,
+    ):  # fmt: skip
+        best, line, names = float("inf"), [], {}
+        for place in sorted(value, key=lambda p: (getattr(p, key), value[p])):
+            name, kind, mark = next(v for k, v in FAMILIES.items() if place.name.startswith(k))
+            at = (getattr(place, key), value[place])
+            axes.plot(*at, mark, color=COLORS[kind], label=name)
+            if value[place] < best:
+                best = value[place]
+                line.append(at)
+            if value[place] == best or key == "bits":
+                names[place.name] = at
+        axes.plot(*zip(*line, strict=True), color=COLORS["dense"], lw=0.8, zorder=0)
+        axes.set(xlabel=label, ylabel="perplexity", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.margins(0.07, 0.1)
+        labels.append((axes, names, [(getattr(p, key), v) for p, v in value.items()]))
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    panels[0].legend(handles.values(), handles.keys(), fontsize=8)
+    figure.draw_without_rendering()  # what is where
+    for each in labels:
+        _label(*each)
+    return figure
+
+
+def _label(
+    axes: Axes, names: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]
+) -> None:
+    """Write names beside points, each at the first place where it covers neither name nor point."""
+    from matplotlib.transforms import Bbox
+
+    middles = axes.transData.transform(points)
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in middles]
+    for name, at in names.items():
+        for up in (0, 9, -9, 18, -18, 27, -27):
+            for side, right in (("left", 6), ("right", -6)):
+                text = axes.annotate(
+                    name, at, (right, up), textcoords="offset points", ha=side, va="center",
+                    fontsize=7,
+                )  # fmt: skip
+                box = text.get_window_extent()
+                if not any(box.overlaps(other) for other in taken):
+                    break
+                text.remove()
+            else:
+                continue
+            taken.append(box)
+            break

@@ -143,7 +143,7 @@ def beaten(told: dict, bits: float) -> str | None:
 
     >>> print(beaten({"perplexity": {"result": 30.0, "plain int8": 20.0}}, 9.0))
     Plain int8, 8 bits a weight, has perplexity 20.00 on the same text, where this has 30.00 at \
-9.0: if bytes are what counts, round instead, or as well (--values "int4 by 64" --pattern dense).
+9.0: if bytes are what counts, round instead, or take codes and a low-rank part (--preset int4).
     """
     values = told["perplexity"]
     result = values["result"]
@@ -155,7 +155,7 @@ def beaten(told: dict, bits: float) -> str | None:
             f"{name.capitalize()}, {grid.bits_per_weight:.3g} bits a weight, has perplexity "
             f"{value:.2f} on the same text, where this has "
             f"{'none' if result is None else format(result, '.2f')} at {bits:.1f}: if bytes are "
-            'what counts, round instead, or as well (--values "int4 by 64" --pattern dense).'
+            "what counts, round instead, or take codes and a low-rank part (--preset int4)."
         )
     return None
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
-from slr.evaluate.tables import Spec
+from slr.evaluate.tables import Cell, Spec
 
-__all__ = ["Place", "as_table", "places"]
+__all__ = ["Place", "as_table", "places", "seeded"]
 
 ROUNDED = "rounded/"
 
@@ -29,6 +31,8 @@ class Place(NamedTuple):
         perplexity: on the table's text, and `other` on a second one, ``None`` if not measured.
         seconds: that the cell took: compressing and evaluating.
         frontier: whether nothing that is as small is better, by `other` if it is there.
+        seeds: what decides, `other` or `perplexity`, for each seed that is measured, this one's
+            first.
     """
 
     name: str
@@ -39,6 +43,20 @@ class Place(NamedTuple):
     other: float | None
     seconds: float
     frontier: bool = False
+    seeds: tuple[float, ...] = ()
+
+
+def seeded(spec: Spec, out: str | Path, seed: int) -> tuple[Spec, Path]:
+    """The same table with other calibration windows, and the folder of its cells.
+
+    Args:
+        spec: the table.
+        out: folder of the cells of its own seed.
+        seed: that the windows are drawn by.
+    """
+    if seed == spec.recipe.get("seed", 0):
+        return spec, Path(out)
+    return replace(spec, recipe={**spec.recipe, "seed": seed}), Path(out) / f"seed-{seed}"
 
 
 def places(spec: Spec, out: str | Path, text: str | None = None) -> list[Place]:
@@ -66,10 +84,21 @@ def places(spec: Spec, out: str | Path, text: str | None = None) -> list[Place]:
         found.append(
             Place(
                 name, bits, told["bytes"], share, told["perplexity"], other,
-                told["about"]["seconds"],
+                told["about"]["seconds"], seeds=_seeds(cell, Path(out), text),
             )
         )  # fmt: skip
     return _starred(found)
+
+
+def _seeds(cell: Cell, out: Path, text: str | None) -> tuple[float, ...]:
+    """The numbers of a cell for each seed that it is measured for, on the text if it is given."""
+    values = []
+    for folder in (out, *sorted(out.glob("seed-*"))):
+        file = cell.file(folder)
+        if file.is_file():
+            told = json.loads(file.read_text(encoding="utf-8"))
+            values.append((told if text is None else told["also"].get(text, {})).get("perplexity"))
+    return tuple(value for value in values if value is not None)
 
 
 def _starred(found: list[Place]) -> list[Place]:
@@ -89,16 +118,18 @@ def as_table(found: Sequence[Place], text: str | None = None) -> str:
        row         bits   MB  arithmetic  perplexity  seconds
     *  plain int8  8.00  1.0       1.000       20.00        3
     """
+    several = any(len(place.seeds) > 1 for place in found)
     rows = [
         ["", "row", "bits", "MB", "arithmetic", "perplexity", *([f"on {text}"] if text else []),
-         "seconds"]
+         *(["over seeds"] if several else []), "seconds"]
     ]  # fmt: skip
     for place in found:
         other = "" if place.other is None else f"{place.other:.2f}"
         rows.append([
             "*" if place.frontier else "", place.name, f"{place.bits:.2f}",
             f"{place.bytes / 1e6:.1f}", f"{place.multiplications:.3f}", f"{place.perplexity:.2f}",
-            *([other] if text else []), f"{place.seconds:.0f}",
+            *([other] if text else []), *([_spread(place.seeds)] if several else []),
+            f"{place.seconds:.0f}",
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -107,3 +138,14 @@ def as_table(found: Sequence[Place], text: str | None = None) -> str:
                  enumerate(zip(row, widths, strict=True))]  # fmt: skip
         lines.append("  ".join(texts))
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of some values.
+
+    >>> _spread([20.0, 21.0, 22.0])
+    '21.00 ± 1.00 of 3'
+    """
+    if len(values) < 2:
+        return ""
+    return f"{fmean(values):.2f} ± {stdev(values):.2f} of {len(values)}"

@@ -22,7 +22,11 @@ from slr.model.choices import STEPS, check_names, check_steps, plain, regrouped,
 __all__ = ["PRESETS", "Recipe"]
 
 PREPARATIONS = ("none", "induction")
-PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {"refine": "weights"}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {},  # with a mask
+    "int4": {"pattern": "dense", "values": "int4 by 64"},  # with codes instead: smaller and better
+    "paper": {"refine": "weights"},
+}
 # Options of the steps, which are given flat; `group` is the pattern's.
 OPTIONS = (
     "rank", "rank_ratio", "iterations", "schedule", "tolerance", "update_mask", "asymmetric",
