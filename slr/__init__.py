@@ -28,6 +28,7 @@ from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.model import hf
 
 if TYPE_CHECKING:
+    from slr.checkpoint.allocating import allocate
     from slr.checkpoint.compression import compress
     from slr.checkpoint.exporting import export
     from slr.checkpoint.folder import load, load_tokenizer
@@ -52,6 +53,7 @@ LATER = {
     "LayerReport": "model.block",
     "LoSparse": "methods.losparse.system",
     "Recipe": "model.recipe",
+    "allocate": "checkpoint.allocating",
     "checkpoint_account": "checkpoint.sizes",
     "compress": "checkpoint.compression",
     "compile_options": "layer.joint",
@@ -85,6 +87,7 @@ __all__ = [
     "SLRLinear",
     "Unstructured",
     "accounting",
+    "allocate",
     "checkpoint_account",
     "compile_options",
     "compress",

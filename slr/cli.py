@@ -25,6 +25,7 @@ from slr.console import Commands, as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
 from slr.methods.system import System
 from slr.model import data, distributed
+from slr.model.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,41 @@ def compress(
     if distributed.rank() == 0:
         times = {"seconds": time.perf_counter() - started, **stages}
         reports.report(layers, times, source, out, json_output)
+
+
+@app.command("allocate")
+def allocate_(
+    model: opt.Model,
+    out: Annotated[Path, typer.Option(help="YAML file to write, for slr compress --config")],
+    by: Annotated[
+        str, typer.Option(help="owl (sparsity by block, of a fraction) | energy (rank by layer)")
+    ] = "owl",
+    preset: opt.Preset = None,
+    config: opt.Config = None,
+    prune: opt.Prune = None,
+    pattern: opt.PatternName = None,
+    refine: opt.Refine = None,
+    rank: opt.Rank = None,
+    values: opt.Values = None,
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    seqlen: opt.Seqlen = None,
+    device: opt.Device = "auto",
+) -> None:
+    """Write a recipe that keeps as much in all, and more in the layers that need it."""
+    options = opt.given(
+        prune=prune, pattern=pattern, refine=refine, rank=rank, values=values, samples=samples,
+        seqlen=seqlen,
+    )  # fmt: skip
+    recipe, where = opt.recipe_of(None, {}, options, config, preset), opt.device_of(device)
+    assert isinstance(recipe, Recipe)
+    opt.check_new(out)
+    reports.folder_of(model)
+    say(f"{model} -> {out}: {by}, on {where}")
+    found = slr.allocate(model, recipe, by, calibration=calibration, device=where)
+    if distributed.rank() == 0:
+        opt.write_config(out, found)
+        print(table(reports.allotted(found.overrides)))
 
 
 @app.command("eval")

@@ -14,7 +14,7 @@ from slr import reports
 from slr.console import as_json, say
 from slr.console import table as columns_of
 
-__all__ = ["PASSED_ON", "bench", "league", "reproduce"]
+__all__ = ["PASSED_ON", "bench", "benchmarks", "league", "reproduce"]
 
 FIGURES = (".svg", ".png", ".pdf")
 # `slr bench NAME …` hands on what it does not know.
@@ -37,22 +37,23 @@ def reproduce(
     json_output: opt.Json = False,
 ) -> None:
     """Measure a published table, cell by cell; a stopped run goes on when called again."""
-    from slr.evaluate import benchmarks, reproduction
+    from slr.evaluate import benchmarks as tasks_of
+    from slr.evaluate import reproduction
 
-    spec = benchmarks.spec_of(table)
+    spec = tasks_of.spec_of(table)
     name = spec.name if model is None else model.strip("/").replace("/", "-")
-    if model is not None and isinstance(spec, benchmarks.Benchmarks):
+    if model is not None and isinstance(spec, tasks_of.Benchmarks):
         name += "-benchmarks"
     out = out or Path("results") / "measured" / name
     where, wanted = opt.device_of(device), columns.split(",") if columns else []
     say(f"{spec.title}: {model or spec.model} -> {out}, on {where}")
-    if isinstance(spec, benchmarks.Benchmarks):
-        scores = benchmarks.reproduce(
+    if isinstance(spec, tasks_of.Benchmarks):
+        scores = tasks_of.reproduce(
             spec, out, model=model, rows=rows.split(","), columns=wanted, device=where,
             fresh=fresh, progress=True,
         )  # fmt: skip
         told = {"table": spec.name, "measured": scores}
-        print(as_json(told) if json_output else benchmarks.as_text(scores, spec.rows))
+        print(as_json(told) if json_output else tasks_of.as_text(scores, spec.rows))
         return
     measured = reproduction.reproduce(
         spec, out, model=model, rows=rows.split(","), columns=wanted, text=text, device=where,
@@ -131,6 +132,24 @@ def _check_figure(file: Path) -> None:
         raise ModuleNotFoundError("figures need matplotlib: pip install matplotlib")
 
 
+def benchmarks() -> dict[str, str]:
+    """The benchmarks of ``slr bench`` by name, each with its first line."""
+    import ast
+    import pkgutil
+    from importlib import resources
+
+    import slr.benchmarks
+
+    found = {}
+    for module in pkgutil.iter_modules(slr.benchmarks.__path__):
+        if module.name.startswith("_"):  # a part of another
+            continue
+        file = resources.files("slr.benchmarks") / f"{module.name}.py"
+        told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        found[module.name] = told.partition("\n")[0]
+    return dict(sorted(found.items()))
+
+
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="which; all are listed without one")] = None,
@@ -141,7 +160,7 @@ def bench(
     """
     import runpy
 
-    names = opt.benchmarks()
+    names = benchmarks()
     if name in (None, "--help"):
         print("slr bench NAME [its own options; --help shows them]\n")
         print(columns_of(list(names.items())))

@@ -10,6 +10,7 @@ import torch
 import typer
 import yaml
 
+from slr.checkpoint.atomic import write_text
 from slr.checkpoint.gguf_export import OUTTYPES
 from slr.matrix.pruners import PRUNERS
 from slr.matrix.refinement import SCHEDULES
@@ -23,7 +24,7 @@ __all__ = [
     "DTYPES",
     "MODEL",
     "SYSTEMS",
-    "benchmarks",
+    "check_new",
     "device_of",
     "dtype_of",
     "given",
@@ -32,6 +33,7 @@ __all__ = [
     "read_config",
     "recipe_of",
     "refuse",
+    "write_config",
 ]
 
 SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
@@ -275,24 +277,6 @@ def recipe_of(
     return Recipe(**{**PRESETS[preset or "best"], **more, **options})
 
 
-def benchmarks() -> dict[str, str]:
-    """The benchmarks of ``slr bench`` by name, each with its first line."""
-    import ast
-    import pkgutil
-    from importlib import resources
-
-    import slr.benchmarks
-
-    found = {}
-    for module in pkgutil.iter_modules(slr.benchmarks.__path__):
-        if module.name.startswith("_"):  # a part of another
-            continue
-        file = resources.files("slr.benchmarks") / f"{module.name}.py"
-        told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        found[module.name] = told.partition("\n")[0]
-    return dict(sorted(found.items()))
-
-
 def parse_override(text: str) -> tuple[str, dict]:
     """A name and its options from their short form.
 
@@ -317,6 +301,22 @@ def parse_override(text: str) -> tuple[str, dict]:
 
 def _word(value: str) -> str | bool:
     return {"true": True, "false": False}.get(value, value)
+
+
+def check_new(file: Path) -> None:
+    """Raise ValueError unless a recipe can be written there, and nothing is there yet."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"recipe {str(file)!r} must end with .yaml")
+    if file.exists():
+        raise ValueError(f"recipe {file} is there already; give another name, or remove it")
+    if not file.parent.is_dir():
+        raise ValueError(f"recipe {file}: there is no folder {file.parent}")
+
+
+def write_config(file: Path, recipe: Recipe) -> None:
+    """Write a recipe as :func:`read_config` reads it."""
+    told = {k: v for k, v in recipe.as_dict().items() if v not in (None, [], {})}
+    write_text(file, yaml.safe_dump(told, sort_keys=False))
 
 
 def read_config(file: str | Path) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,12 +18,22 @@ from slr.checkpoint.work import look
 from slr.console import as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
 from slr.layer import native
+from slr.matrix.patterns import parse
 from slr.methods.system import System
 from slr.model import distributed
 from slr.model.recipe import Recipe
 
 LARGE = 50  # MB of a model whose compression is worth an estimate that is not asked for
-__all__ = ["describe", "exported", "folder_of", "foretell", "foretold", "report", "told"]
+__all__ = [
+    "allotted",
+    "describe",
+    "exported",
+    "folder_of",
+    "foretell",
+    "foretold",
+    "report",
+    "told",
+]
 
 
 def exported(out: Path) -> list[tuple[str, str]]:
@@ -32,6 +44,21 @@ def exported(out: Path) -> list[tuple[str, str]]:
     adapter = out / "adapter"
     if adapter.is_dir():
         rows.append(("adapter", f"{megabytes(adapter):.1f} MB in {adapter}"))
+    return rows
+
+
+def allotted(overrides: Mapping[str, Mapping]) -> list[tuple[str, str]]:
+    """The overrides of an allocation, as rows of a table: each block, or the ranks of each kind."""
+    ranks: dict[str, list[int]] = {}
+    rows = []
+    for name, wanted in overrides.items():
+        if "rank" in wanted:
+            ranks.setdefault(name.rpartition(".")[2], []).append(wanted["rank"])
+        else:
+            rows.append((name, f"{1 - parse(wanted['pattern']).density:.1%} pruned"))
+    for kind, each in ranks.items():
+        middle = statistics.median(each)
+        rows.append((kind, f"rank {min(each)} to {max(each)}, half of the layers up to {middle:g}"))
     return rows
 
 

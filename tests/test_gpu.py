@@ -221,7 +221,7 @@ def test_make_gpu_takes_a_python_that_has_torch_for_cuda(tmp_path):
 
 
 def test_a_card_has_a_folder_and_slr_bench_lists_the_benchmark_alone(gpu):
-    from slr import options
+    from slr import measurements
 
     assert gpu.slug("NVIDIA H200") == "nvidia-h200"
-    assert not [name for name in options.benchmarks() if name.startswith("_")]
+    assert not [name for name in measurements.benchmarks() if name.startswith("_")]

@@ -146,3 +146,25 @@ def test_the_figure_is_drawn_and_a_wrong_name_is_refused_before(small, tmp_path)
         )
         assert done.exit_code == 2
         assert why in " ".join(done.output.split())
+
+
+def test_a_row_may_be_allocated(small, tmp_path):
+    entries = {"owl": {"pattern": "0.5", "refine": "none", "allocate": "owl"}}
+    told = {**SPEC, "model": str(small), "entries": entries, "rounded": []}
+    (tmp_path / "own.json").write_text(json.dumps(told))
+    spec = Spec.read(str(tmp_path / "own.json"))
+    first = reproduce(spec, tmp_path / "cells")
+    told["entries"] = {"owl": {"pattern": "0.5", "refine": "none"}}
+    (tmp_path / "even.json").write_text(json.dumps(told))
+    assert first != reproduce(Spec.read(str(tmp_path / "even.json")), tmp_path / "others")
+    file = tmp_path / "cells" / "owl" / "dense.json"
+    assert json.loads(file.read_text())["what"]["recipe"]["allocate"] == "owl"
+    before = file.stat().st_mtime_ns
+    assert reproduce(spec, tmp_path / "cells") == first  # is there, and is not measured again
+    assert file.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="with another recipe"):
+        reproduce(Spec.read(str(tmp_path / "even.json")), tmp_path / "cells")
+    told["entries"] = {"owl": {"allocate": "owl"}}
+    (tmp_path / "wrong.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="pattern 2:4 fixes it"):
+        Spec.read(str(tmp_path / "wrong.json"))

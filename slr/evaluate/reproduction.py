@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slr.checkpoint.allocating import allocated
 from slr.checkpoint.atomic import write_text
 from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.folder import context, load_tokenizer, resolve
@@ -225,8 +226,12 @@ def reproduce(
                 calibration, what["calibration"] = drawn
             if fresh or not _there(cell.file(out), what, texts):
                 started = time.perf_counter()
+                recipe = cell.recipe
+                if recipe is not None and cell.allocate is not None:
+                    stream = Stream(folder, device, dtype)
+                    recipe = allocated(stream, recipe, cell.allocate, calibration)
                 losses, reports = measure(
-                    folder, cell.grid or cell.recipe, torch.cat(list(texts.values())), calibration,
+                    folder, cell.grid or recipe, torch.cat(list(texts.values())), calibration,
                     device=device, dtype=dtype,
                     progress=f"{cell.row} {cell.column}" if progress else None,
                 )  # fmt: skip
@@ -286,10 +291,10 @@ def _there(file: Path, what: dict, texts: dict[str, Tensor]) -> bool:
         return False
     told = _read(file)
     before, now = told["what"], json.loads(json.dumps(what))
-    if "prune" in (
-        before.get("recipe") or {}
-    ):  # files of earlier versions tell options without effect too
-        before["recipe"] = json.loads(json.dumps(Recipe.from_dict(before["recipe"]).as_dict()))
+    earlier = before.get("recipe") or {}
+    if "prune" in earlier:  # files of earlier versions tell options without effect too
+        by = {k: earlier.pop(k) for k in ("allocate",) if k in earlier}
+        before["recipe"] = {**json.loads(json.dumps(Recipe.from_dict(earlier).as_dict())), **by}
     for name in now:
         if before.get(name) != now[name]:
             raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any
 from slr.matrix import steps
 from slr.matrix.rivals import OATS, HASSLEFree, ThreeBASiL
 from slr.matrix.rounding import Grid
+from slr.model.allocation import check_way
 from slr.model.edges import check_entries, is_mapping, is_text, is_whole, or_none
 from slr.model.recipe import Recipe
 
@@ -113,20 +114,24 @@ def check_spec(told: Any, fields: dict, **left_out: Any) -> None:
 class Cell:
     """One number of a table: its row and column, and the recipe; no recipe is the dense model.
 
-    With a `grid` instead, its weights are rounded, and nothing else is done.
+    With a `grid` instead, its weights are rounded, and nothing else is done.  With `allocate`, its
+    layers differ, by a way of :data:`slr.model.allocation.WAYS`.
     """
 
     row: str
     column: str
     recipe: Recipe | None
     grid: Grid | None = None
+    allocate: str | None = None
 
     @property
     def told(self) -> dict | None:
         """What decided its number, as plain data."""
         if self.grid is not None:
             return {"rounded": str(self.grid)}
-        return None if self.recipe is None else self.recipe.as_dict()
+        if self.recipe is None:
+            return None
+        return {**self.recipe.as_dict(), **({"allocate": self.allocate} if self.allocate else {})}
 
     def file(self, out: Path) -> Path:
         """Where its JSON is kept under `out`."""
@@ -153,7 +158,8 @@ class Spec:
         published: file of published numbers, if any.
         options: more options of the recipes of some repairs, by the repair's name.
         rounded: grids for the plain alternative, rows of their own: ``["int8", "int4 by 32"]``.
-        entries: rows of one cell each, by name: options of their recipes beside `recipe`.
+        entries: rows of one cell each, by name: options of their recipes beside `recipe`, and
+            ``"allocate"``, see :func:`slr.allocate`.
     """
 
     name: str
@@ -228,7 +234,12 @@ class Spec:
                 yield Cell(f"rounded/{name}", "dense", None, Grid.parse(name))
         for name, options in self.entries.items():
             if wanted(name):
-                yield Cell(name, "dense", Recipe.fitting(**{**self.recipe, **options}))
+                common = {**self.recipe, **options}
+                by = common.pop("allocate", None)
+                recipe = Recipe.fitting(**common)
+                if by is not None:
+                    check_way(by, recipe)
+                yield Cell(name, "dense", recipe, allocate=by)
         for repair in sorted(self.repairs, key=list(REPAIRS).index):
             for mask in (m for m in self.masks if _goes(m, repair)):
                 row, options = REPAIRS[repair]
