@@ -83,3 +83,19 @@ def test_another_folder_of_masks_is_another_run(small, pruned, tmp_path):
     save_file({k: v * 2 for k, v in tensors.items()}, pruned / "model.safetensors")
     with begin(small, tmp_path / "out", recipe, resume=False) as work:
         assert work.journal.key != key
+
+
+def test_masks_that_change_meanwhile_are_seen(small, pruned, tmp_path, monkeypatch):
+    from slr.checkpoint.journal import Journal
+
+    real = Journal.add
+
+    def add(self, name, tensors, notes=None):
+        (pruned / "config.json").touch()
+        real(self, name, tensors, notes)
+
+    monkeypatch.setattr(Journal, "add", add)
+    recipe = slr.Recipe(f"like {pruned}", "2:4", refine="none")
+    with pytest.raises(ValueError, match="pruned was changed while it was read"):
+        slr.compress(small, recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -69,22 +69,26 @@ class Work(Prospect):
     Attributes:
         journal: of the folder that is made; open.
         origin: what to record of the source, to know it again.
+        masks: stamps of the folders whose masks are taken.
     """
 
     journal: Journal
     origin: dict
+    masks: dict[Path, dict]
 
     def finish(self, reports: list[LayerReport]) -> None:
         """Write what is left to write, and let the folder appear.
 
         Raises:
-            ValueError: the source was changed meanwhile.
+            ValueError: the source, or a folder of masks, was changed meanwhile.
         """
-        if stamps(self.stream.folder) != self.journal.memory["source"]["stamps"]:
-            raise ValueError(
-                f"{self.stream.folder} was changed while it was read, so {self.journal.out} would "
-                "be half of one model and half of another; start over with resume=False (--fresh)"
-            )
+        seen = {self.stream.folder: self.journal.memory["source"]["stamps"], **self.masks}
+        for folder, before in seen.items():
+            if stamps(folder) != before:
+                raise ValueError(
+                    f"{folder} was changed while it was read, so {self.journal.out} would be half "
+                    "of one model and half of another; start over with resume=False (--fresh)"
+                )
         told = hf.notes(self.name, self.method.as_dict(), self.calibration, reports)
         measured = self.journal.memory.get("measured")
         complete(self.stream, self.journal, {**told, "measured": measured, "origin": self.origin})
@@ -151,11 +155,12 @@ def begin(
     """
     seen = look(model, out, method, **options)
     source = seen.stream.folder
+    masks = {folder: stamps(folder) for folder in _given_masks(seen.method)}
     journal = _keyed(seen.out, source, seen.method, seen.calibration, resume)
     with distributed.first(journal):
         made = origin(source, journal.memory["source"]["sha256"])
         told = {field.name: getattr(seen, field.name) for field in fields(seen)}
-        yield Work(**told, journal=journal, origin=made)
+        yield Work(**told, journal=journal, origin=made, masks=masks)
 
 
 def _keyed(
@@ -172,19 +177,19 @@ def _keyed(
         "source": digests,
         "recipe": method.as_dict(),
         "calibration": text,
-        **_given_masks(method),
     }
+    masks = [fingerprint(folder) for folder in _given_masks(method)]
+    key |= {"masks": masks} if masks else {}
     memory = {"source": {"stamps": stamps(source), "sha256": digests}}
     return Journal(out, key, resume, memory)
 
 
-def _given_masks(method: Recipe | System) -> dict:
-    """What is read besides: the models whose masks are taken."""
+def _given_masks(method: Recipe | System) -> list[Path]:
+    """The folders that are read besides: models whose masks are taken."""
     if not isinstance(method, Recipe):
-        return {}
+        return []
     steps = [each.prune for each in method.variants()]
-    folders = sorted({step.folder for step in steps if isinstance(step, Like)})
-    return {"masks": [fingerprint(Path(folder)) for folder in folders]} if folders else {}
+    return [Path(name) for name in sorted({s.folder for s in steps if isinstance(s, Like)})]
 
 
 def calibration_windows(
