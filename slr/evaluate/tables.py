@@ -34,6 +34,7 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd": ("svd", {}),
     "weights": ("refined", {}),
     "accelerated": ("accelerated", {"refine": "weights", "schedule": "accelerated"}),
+    "diagonal": ("diagonal", {}),
     "eora": ("eora", {}),
     "activations": ("refined-activations", {}),
     "activations+mask": (
