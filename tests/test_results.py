@@ -1,9 +1,13 @@
 """What the text says was measured is what the files say, and they say where it comes from."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+
+from slr.evaluate.reproduction import grid
+from slr.evaluate.tables import Spec
 
 RESULTS = Path(__file__).parent.parent / "results"
 MEASURED = RESULTS / "measured"
@@ -57,13 +61,13 @@ def test_the_large_run_fits_where_it_should():
 
 
 def test_refining_the_outputs_has_the_lowest_perplexity_in_every_mask_and_pattern():
-    cells = {}
-    for row in json.loads((MEASURED / "tiny" / "repair.json").read_text())["rows"]:
-        cells.setdefault((row["mask"], row["pattern"]), {})[row["repair"]] = row["perplexity"]
-    assert len(cells) == 15
-    for key, cell in cells.items():
-        for other in ("pruned", "SVD", "EoRA", "refined", "diagonal"):
-            assert cell["Gram, mask updated"] < cell["Gram"] < cell[other], (key, other)
+    found = grid(Spec.read("tiny"), MEASURED / "tiny")
+    masks, patterns = ("magnitude", "wanda", "sparsegpt"), ("0.5", "0.6", "0.7", "2:4", "4:8")
+    for mask, pattern in itertools.product(masks, patterns):
+        cell = {r.removeprefix(f"{mask}/"): v[pattern] for r, v in found.items() if mask in r}
+        outputs = cell["refined-activations"]
+        for other in ("pruned", "svd", "eora", "refined", "diagonal"):
+            assert cell["refined-activations-mask"] < outputs < cell[other], (mask, pattern, other)
 
 
 def rows(name):
