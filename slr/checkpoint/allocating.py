@@ -39,8 +39,8 @@ def allocate(
     Args:
         model: as for :func:`slr.compress`; it is only read.
         recipe: ``Recipe()`` when ``None``.
-        by: ``"owl"``: prune less where a block has more outliers, entries whose |W| · ‖X‖ is far
-            above its mean (for a fraction, as ``pattern="0.5"``); ``"energy"``: rank where it
+        by: ``"owl"``: prune less where a block has more outliers, entries whose ``|W| · ‖X‖`` is
+            far above its mean (for a fraction, as ``pattern="0.5"``); ``"energy"``: rank where it
             lowers the squared errors of all layers' outputs most for what it takes.
         calibration: as for :func:`slr.compress`; only for a recipe that reads data.
         device: where to compute, for a folder; ``"cpu"`` when ``None``.

@@ -32,7 +32,7 @@ def outliers(scores: Sequence[Tensor], above: float = ABOVE) -> float:
     """Share of a block's scores that are more than `above` times their mean.
 
     Args:
-        scores: |W| · ‖X‖ of each layer, (m, n).
+        scores: ``|W| · ‖X‖`` of each layer, (m, n).
         above: M of the paper.
 
     Source: Yin et al. 2024 (OWL, arXiv:2310.05175), section 3.2.
