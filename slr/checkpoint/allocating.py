@@ -41,7 +41,7 @@ def allocate(
         recipe: ``Recipe()`` when ``None``.
         by: ``"owl"``: prune less where a block has more outliers, entries whose ``|W| · ‖X‖`` is
             far above its mean (for a fraction, as ``pattern="0.5"``); ``"energy"``: rank where it
-            lowers the squared errors of all layers' outputs most for what it takes.
+            lowers the relative errors of all layers' outputs most for what it takes.
         calibration: as for :func:`slr.compress`; only for a recipe that reads data.
         device: where to compute, for a folder; ``"cpu"`` when ``None``.
 

@@ -69,10 +69,10 @@ def by_outliers(shares: Sequence[float], sparsity: float, spread: float = SPREAD
 
 
 def by_energy(spectra: Sequence[Tensor], costs: Sequence[int], rank: int) -> list[int]:
-    """Rank of each layer: what lowers the sum of squared errors most for each number stored.
+    """Rank of each layer: what lowers the sum of squared relative errors most for each number.
 
     Args:
-        spectra: squared singular values of what each layer lacks, descending.
+        spectra: squared singular values of what each layer lacks, descending, over its own energy.
         costs: numbers that one rank of a layer takes, m + n.
         rank: that all together take as much as, if each has it.
 
@@ -188,7 +188,7 @@ def _norms(
 
 
 def _lacking(weight: Tensor, recipe: Recipe, norm: Tensor | None) -> Tensor:
-    """Squared singular values, descending, of what pruning or rounding takes.
+    """Squared singular values, descending, of what pruning or rounding takes, over W's energy.
 
     Columns count by the norm of their inputs, if that is known: then it is of the outputs, as if
     the channels of the inputs did not go together.
@@ -204,4 +204,5 @@ def _lacking(weight: Tensor, recipe: Recipe, norm: Tensor | None) -> Tensor:
     lacking = (lacking * scale).double()
     if lacking.shape[0] > lacking.shape[1]:
         lacking = lacking.T
-    return torch.linalg.eigvalsh(lacking @ lacking.T).flip(0).clamp_min(0.0)
+    values = torch.linalg.eigvalsh(lacking @ lacking.T).flip(0).clamp_min(0.0)
+    return values / (weight * scale).double().square().sum().clamp_min(torch.finfo().tiny)
