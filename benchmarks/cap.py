@@ -47,19 +47,34 @@ def row(choice: str, made: torch.nn.Module, reports: list, windows: torch.Tensor
     }
 
 
+def equal_parameters(layers: dict[str, torch.nn.Linear], budget: float, rank: int) -> dict:
+    """Overrides of a recipe that spend a budget exactly: on B A of a rank, and on whole entries.
+
+    By the last part of a layer's name, as ``"*.q_proj"``.
+    """
+    overrides = {}
+    for name, layer in layers.items():
+        m, n = layer.weight.shape
+        entries = budget * m * n - rank * (m + n)
+        pruned = 1 - math.floor(entries / m) / n + 1e-9  # whole entries of a row
+        overrides[f"*.{name.rpartition('.')[2]}"] = {"pattern": f"{pruned:.9f}"}
+    return overrides
+
+
 def others(budget: float, calibration: torch.Tensor, windows: torch.Tensor) -> Iterator[dict]:
     """Magnitude pruning, and refinement with as many parameters in all."""
     for choice, refine in (("magnitude", "none"), ("refine, weights", "weights"),
                            ("refine, activations", "activations")):  # fmt: skip
-        made, overrides = model(), {}
-        for name, layer in made.named_modules():
-            if isinstance(layer, torch.nn.Linear) and name.startswith("model.layers.0."):
-                m, n = layer.weight.shape
-                entries = budget * m * n - (refine != "none") * RANK * (m + n)
-                pruned = 1 - math.floor(entries / m) / n + 1e-9  # whole entries of a row
-                overrides[f"*.{name.rpartition('.')[2]}"] = {"pattern": f"{pruned:.9f}"}
-        recipe = slr.Recipe(prune="magnitude", pattern="0.5", refine=refine, overrides=overrides,
-                            rank=None if refine == "none" else RANK)  # fmt: skip
+        made, rank = model(), 0 if refine == "none" else RANK
+        layers = {
+            name: layer
+            for name, layer in made.model.layers[0].named_modules()
+            if isinstance(layer, torch.nn.Linear)
+        }
+        recipe = slr.Recipe(
+            prune="magnitude", pattern="0.5", refine=refine, rank=rank or None,
+            overrides=equal_parameters(layers, budget, rank),
+        )  # fmt: skip
         reports = slr.compress_model(made, recipe, calibration)
         yield row(choice, made, reports, windows)
 
