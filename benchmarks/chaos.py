@@ -146,7 +146,7 @@ class Lab:
         for name in OPERATIONS:
             setattr(os, name, trap(getattr(os, name)))
         try:
-            self.run(method, out, **more)  # type: ignore[arg-type]
+            self.run(method, out, **more)
         except BaseException as error:
             text = f"{type(error).__name__}: {error}"
             (self.work / "error").write_text(text)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +129,13 @@ def measure(node: Path, folder: Path, text: str, outtypes: list[str]) -> dict:
     own = slr.perplexity(ours, held)
     wanted = [continued(ours, prompt, STEPS) for prompt in prompts]
     tokens = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for outtype in outtypes:
         with tempfile.TemporaryDirectory() as scratch:
             out = slr.export(folder, Path(scratch) / "out", "gguf", outtype=outtype)
             ids, greedy, logs = ask(node, out, list(TEXTS), prompts, STEPS, size)
             whole = [prompt + more for prompt, more in zip(prompts, greedy, strict=True)]
-            rows[outtype] = row = {
+            row: dict[str, Any] = {
                 "MB": {f.stem: f.stat().st_size / 1e6 for f in sorted(out.glob("*.gguf"))},
                 "texts of equal tokens": sum(map(list.__eq__, ids, tokens)),
                 "equal greedy": sum(map(list.__eq__, greedy, wanted)),
@@ -143,6 +144,7 @@ def measure(node: Path, folder: Path, text: str, outtypes: list[str]) -> dict:
             read = dequantised(out, ours)
             row["log p, file"], row["KL, file"] = difference(read, whole, logs)
             row["perplexity, file"] = slr.perplexity(read, held)
+        rows[outtype] = row
         print(
             f"{outtype:5} {' + '.join(f'{mb:.1f}' for mb in row['MB'].values()):>13} MB  "
             f"tokens {row['texts of equal tokens']}/{len(TEXTS)}  "

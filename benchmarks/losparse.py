@@ -32,6 +32,7 @@ import torch
 import slr
 from slr.evaluate.origin import provenance
 from slr.methods import losparse
+from slr.model.embedded import LONGEST
 
 SEQLEN, BATCH, TRAIN, TUNING, REPORTED = 128, 4, 1200, 64, 128
 WARMUP, COOLDOWN = 0.05, 0.65  # of the steps
@@ -48,7 +49,7 @@ def training_windows() -> torch.Tensor:
     texts, length = [], 0
     for name, text in slr.data.documents().items():
         if not slr.data.held_out(name):
-            texts.append(text[: slr.data.LONGEST])
+            texts.append(text[:LONGEST])
             length += len(texts[-1])
         if length > 8 * TRAIN * SEQLEN:
             break

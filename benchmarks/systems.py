@@ -3,13 +3,14 @@
     python benchmarks/systems.py --text FILE [--systems cap losparse induction]
                                  [--out results/measured/smollm2/systems.json]
 
-CAP and LoSparse keep half of the parameters of the blocks' linear layers.  Beside them, with as
-many parameters: magnitude pruning, Algorithm 1 and the default's repair, and rounding to int8 (half
-of the bytes) and to int4.  LoSparse trains; the dense model is fine-tuned alike, to tell what
+CAP and LoSparse keep half of the parameters of the linear layers of the first ``BLOCKS`` blocks;
+the others stay dense.  Beside them, on the same blocks with as many parameters: magnitude pruning,
+Algorithm 1 and the default's repair, and rounding to int8 (half of the bytes) and to int4.
+LoSparse trains these blocks, and no other; the dense model is fine-tuned alike, to tell what
 pruning costs from what training brings.  Each mode's rate is the best of ``--rates`` after a short
-training, on held-out windows of the text that it trains on.  Induction is for 2:4: scales by the
-norms of the inputs, and trained from there; without scales the table of ``slr reproduce smollm2``
-has the same cells.
+training, on held-out windows of the text that it trains on.  Induction is given all blocks, for
+2:4: scales by the norms of the inputs, and trained from there; without scales the table of ``slr
+reproduce smollm2`` has the same cells.
 
 All calibrate on the windows, and are measured on the windows, of that table.  With ``--out`` each
 row is written as it is done, and a run that was stopped goes on; candidates of CAP are kept in
@@ -44,10 +45,11 @@ from slr.model.plain import round_linears
 
 SPEC = Spec.read("smollm2")
 BUDGET, SEED = 0.5, 0
-STEPS, BATCH, SHORT = 120, 4, 256  # of LoSparse: windows in a step, tokens in a window
+BLOCKS = 10  # that CAP and LoSparse are given
+STEPS, BATCH, SHORT = 80, 4, 256  # of LoSparse: windows in a step, tokens in a window
 SHARE = 0.8  # of LoSparse's parameters, in U and V: the best for the embedded model at one half
 TRIED = 2  # windows that CAP tries a mask on
-PROBE = 30  # steps of a training that a rate is chosen by
+PROBE = 20  # steps of a training that a rate is chosen by
 RECIPES: tuple[tuple[str, tuple[str, str], dict], ...] = (
     ("magnitude", ("magnitude", "none"), {}),
     ("magnitude, Algorithm 1", ("magnitude", "weights"), {}),
@@ -75,6 +77,12 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {k: m for k, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def others(model: nn.Module) -> list[str]:
+    """Patterns of the layers of all blocks after the first ones."""
+    count = len(decoder_blocks(model))
+    return [f"{blocks_name(model)}.{index}.*" for index in range(BLOCKS, count)]
+
+
 def spent(reports: list) -> dict:
     """What is kept of the matrices that were compressed."""
     whole = sum(r.shape[0] * r.shape[1] for r in reports)
@@ -86,7 +94,7 @@ def spent(reports: list) -> dict:
 def candidates(model: nn.Module, work: Path | None) -> dict[str, cap.Candidates]:
     """CAP's; each block's are read if they were made before."""
     found: dict[str, cap.Candidates] = {}
-    for index, block in enumerate(decoder_blocks(model)):
+    for index, block in enumerate(decoder_blocks(model)[:BLOCKS]):
         file = None if work is None else work / f"{index}.safetensors"
         if file is not None and file.is_file():
             found |= cap.unpack(load_file(file))
@@ -117,7 +125,7 @@ def by_recipe(prune: str, refine: str, windows: Tensor, **more) -> Made:
     rank = 0 if refine == "none" else 18
     one = linears(decoder_blocks(model)[0])  # the others have the same shapes
     recipe = slr.Recipe(
-        prune=prune, pattern=BUDGET, refine=refine, rank=rank or None,
+        prune=prune, pattern=BUDGET, refine=refine, rank=rank or None, skip=others(model),
         overrides=equal_parameters(one, BUDGET, rank), **more,
     )  # fmt: skip
     return model, spent(slr.compress_model(model, recipe, windows))
@@ -126,13 +134,14 @@ def by_recipe(prune: str, refine: str, windows: Tensor, **more) -> Made:
 def by_rounding(grid: str) -> Made:
     """Rounded to a grid."""
     model, one = dense(), slr.Grid.parse(grid)
-    round_linears(decoder_blocks(model), one)
+    round_linears(decoder_blocks(model)[:BLOCKS], one)
     return model, {"parameters": 1.0, "bytes": one.bits_per_weight / 16}
 
 
 def fine_tuned(mode: str, lr: float, steps: int) -> Made:
     """LoSparse, or nothing but its training."""
-    model = dense()
+    model = dense().requires_grad_(False)
+    decoder_blocks(model)[:BLOCKS].requires_grad_(True)
     text = slr.data.windows(
         slr.data.load_text("general", "calibration"), slr.load_tokenizer("smollm2"), SHORT
     )
@@ -147,7 +156,7 @@ def fine_tuned(mode: str, lr: float, steps: int) -> Made:
         return model, {"parameters": 1.0, "bytes": 1.0, "lr": lr}
     losparse.train(
         model, seen, remaining=BUDGET, mode=mode, share=SHARE, batch=BATCH, lr=lr,
-        dtype=torch.bfloat16,
+        skip=others(model), dtype=torch.bfloat16,
     )  # fmt: skip
     account = losparse.account(model)
     told = {"parameters": account.nonzero / account.parameters,
@@ -217,7 +226,7 @@ def main() -> None:
     }
     held = slr.data.windows(slr.data.load_text("general"), tokenizer, SHORT)
     about = {
-        "model": "smollm2", "budget": BUDGET, "steps": STEPS,
+        "model": "smollm2", "blocks": BLOCKS, "budget": BUDGET, "steps": STEPS,
         "batch": BATCH, "seqlen": SHORT, "share": SHARE, "windows": SPEC.limit,
     }  # fmt: skip
     found: dict = {"rates": [], "rows": []}

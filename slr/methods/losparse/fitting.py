@@ -135,6 +135,7 @@ def train(
     cooldown: float = 0.65,
     beta2: float | None = None,
     regrow: int | None = None,
+    skip: Sequence[str] = (),
     teacher: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[float]:
@@ -152,6 +153,7 @@ def train(
         warmup, cooldown: shares of the steps, before pruning begins and after it ends.  In a short
             training it is better to prune early, and to have time to settle.
         beta2, regrow: as for :class:`~slr.methods.losparse.Pruner`.
+        skip: names of layers that stay dense, as for :func:`~slr.methods.losparse.convert`.
 
     Returns:
         The loss of each step.
@@ -164,7 +166,7 @@ def train(
     """
     dense = {k: m for k, m in model.named_modules() if type(m) is nn.Linear}
     part = {"losparse": share, "itp": 0.0}.get(mode, 1.0)
-    names = convert(model, mode=mode, rank_ratio=part * remaining)
+    names = convert(model, mode=mode, rank_ratio=part * remaining, skip=skip)
     try:
         pruner, steps = None, -(-len(windows) // batch)
         if mode != "lowrank":
