@@ -183,6 +183,21 @@ def test_losparse_beats_both_baselines_on_the_embedded_model(text):
     assert found["losparse"] < 0.9 * min(found["itp"], found["lowrank"])
 
 
+def test_skipped_layers_stay_dense_and_frozen_ones_as_they_were(text):
+    model = slr.load("tiny", dtype=torch.float32).requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    windows = text["calibration"][:8]
+    train(model, windows, remaining=0.5, skip=["model.layers.[1-9].*"], lr=1e-3)
+    found = losparse.layers(model)
+    assert len(found) == 7
+    assert all(name.startswith("model.layers.0.") for name in found)
+    after = {k: v for k, v in model.state_dict().items() if not k.startswith("model.layers.0.")}
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    with pytest.raises(ValueError, match="'no such' fits no linear layer"):
+        train(tiny(), windows, remaining=0.5, skip=["no such"])
+
+
 def test_a_stored_student_is_taught_by_the_dense_model(text, tmp_path):
     """Phase one, a file, phase two: nearer to the dense model, and as small as before."""
     model, windows = tiny(), text["calibration"]

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -540,6 +541,34 @@ with open(f"{sys.argv[2]}/{distributed.rank()}", "w") as file:
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
+def test_two_ranks_allocate_and_tune_as_one_run(small, tmp_path):
+    """The commands join the group: one folder is written, and the windows are shared out."""
+    slr.compress(small, slr.Recipe("magnitude", rank=2, iterations=2), out=tmp_path / "small")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    shared = [*TORCHRUN, "-m", "slr.cli"]
+    given = ["--calibration", str(text), "--samples", "4", "--seqlen", "32"]
+    allocated = ["allocate", str(small), "--pattern", "0.5", *given]
+    for out, start in (("one", [sys.executable, "-m", "slr.cli"]), ("two", shared)):
+        args = [*start, *allocated, "--out", str(tmp_path / f"{out}.yaml")]
+        done = subprocess.run(args, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        yaml.safe_load((tmp_path / f"{out}.yaml").read_text())["overrides"]
+        for out in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, each in one.items():  # norms of two halves are added: a tie may fall the other way
+        assert float(two[name]["pattern"]) == pytest.approx(float(each["pattern"]), abs=0.01), name
+    args = [*shared, "tune", str(tmp_path / "small"), "--out", str(tmp_path / "tuned"), "--passes"]
+    done = subprocess.run(
+        [*args, "1", "--calibration", str(text)], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("divergence from the dense model") == 1
+    assert slr.verify(tmp_path / "tuned")
 
 
 def test_an_error_on_one_rank_stops_all(small, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slr.checkpoint.folder import resolve
 from slr.checkpoint.work import calibration_windows
 from slr.methods.blockwise import calibration_inputs, plan_layers
+from slr.model import distributed
 from slr.model.allocation import check_way, spread_over
 from slr.model.blocks import in_mode, walk
 from slr.model.recipe import Recipe
@@ -73,6 +74,7 @@ def allocate(
         with in_mode(model, False):
             return allocated(model, recipe, by, windows)
     folder = resolve(model)
+    distributed.start(device or "cpu")
     windows, _ = calibration_windows(folder, recipe, calibration)
     return allocated(Stream(folder, device or "cpu"), recipe, by, windows)
 

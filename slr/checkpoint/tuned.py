@@ -99,6 +99,7 @@ def tune(
     windows, read = calibration_windows(dense, asked, text)
     assert windows is not None
     where, size = device or "cpu", sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    distributed.start(where)
     check_space(size, out)
     how = {"text": read, "passes": passes, "rate": rate, "more": more}
     key = {"tuned": fingerprint(folder), **how}
