@@ -3,7 +3,7 @@
 A cell keeps the loss of each window; two cells were measured on the same windows, so that their
 ratio is much surer than either perplexity.
 
-Book: chapters 5, 9, 11, 12, and the page of results.
+Book: chapters 5, 9, 11, 12, 14 to 16, and the page of results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from slr.chapters.records import folder
+from slr.chapters.records import folder, recorded
 from slr.evaluate.agree import bootstrap
 from slr.evaluate.league import places
 from slr.evaluate.reproduction import grid
@@ -24,7 +24,9 @@ from slr.evaluate.tables import Cell, Spec
 from slr.matrix.accounting import matrix_account
 from slr.matrix.rounding import Grid
 
-__all__ = ["front_page", "frontier", "losses", "order", "perplexities", "ratio"]
+__all__ = [
+    "front_page", "frontier", "losses", "of_systems", "order", "perplexities", "ratio",
+]  # fmt: skip
 
 # Width, inner width and width of keys of the models that are measured, and their rank.
 WIDTHS = {"smollm2": (576, 1536, 192, 18), "tiny": (256, 704, 256, 8)}
@@ -193,3 +195,38 @@ def order(
                     cells[column] = f"{value:.3f} ({low:.3f} to {high:.3f})"
             rows[f"{mask}: {lower} / {upper}"] = cells
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+
+
+def of_systems(
+    *systems: str, text: str = "wikitext-2-test.txt", beside: str = "dense"
+) -> pd.DataFrame:
+    """What other systems make of the real model (``benchmarks/systems.py``), row by row.
+
+    Args:
+        systems: ``"cap"``, ``"losparse"``, ``"induction"``; ``"recipe"`` and ``"rounded"`` are
+            refinement and rounding of the blocks that CAP and LoSparse are given.
+        text: to show.
+        beside: row whose perplexity others are divided by, on the same windows.
+
+    Returns:
+        A row for each that is measured, the dense model first: shares of ``"parameters"`` and
+        ``"bytes"`` of what was compressed, ``"perplexity"``, its ratio and the interval of that.
+    """
+    found = {
+        (row["system"], row["row"]): row
+        for row in recorded("smollm2/systems")["rows"]
+        if row["system"] in ("dense", *systems)
+    }
+    own = {
+        key: torch.tensor(row["losses"][text], dtype=torch.float64) for key, row in found.items()
+    }
+    other = next(own[key] for key in own if key[1] == beside)
+    rows = {}
+    for key, row in found.items():
+        value, low, high = ratio(own[key], other)
+        told = "" if own[key] is other else f"{value:.3f} ({low:.3f} to {high:.3f})"
+        rows[key] = {
+            "parameters": row["parameters"], "bytes": row["bytes"],
+            "perplexity": row["perplexity"][text], f"over {beside}": told,
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index")
