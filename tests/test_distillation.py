@@ -9,7 +9,10 @@ from slr.checkpoint.folder import about
 from slr.cli import app
 from slr.layer.linear import SLRLinear
 from slr.layer.rounded import RoundedLinear
-from slr.model.distillation import distil
+from slr.model import heads
+from slr.model.blocks import decoder_blocks
+from slr.model.distillation import _divergence, distil
+from slr.model.tuning import trainable
 from slr.model.writing import written
 
 WINDOWS = torch.randint(0, 60, (9, 24), generator=torch.Generator().manual_seed(3))
@@ -65,6 +68,31 @@ def test_it_comes_nearer_and_the_sparse_part_stays(kind):
     again = float((wanted.exp() * (wanted - logits)).sum(-1).mean())
     # Factors in int8 are rounded when they are packed again.
     assert again == pytest.approx(min(trace), rel=1e-3 if kind == "sparse" else 0.1)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_gradient_is_that_of_the_whole_divergence(kind, monkeypatch):
+    """Logits a few tokens at a time, S apart from B A: the same number, and the same gradients."""
+    monkeypatch.setattr(heads, "LOGITS_AT_ONCE", 7 * 4096)
+    teacher = slr.load("tiny", dtype=torch.float32)
+    student = slr.load("tiny", dtype=torch.float32).requires_grad_(False)
+    slr.compress(student, RECIPES[kind])
+    ids = torch.arange(100, 124)
+    with trainable(decoder_blocks(student), torch.float32) as parameters:
+        value = _divergence(student, teacher, ids, torch.float32, learn=True)
+        mine = [p.grad.clone() for p in parameters]
+        for module in student.modules():
+            if hasattr(module, "fixed"):
+                module.fixed = None  # S + B A as one matrix
+        student.zero_grad()
+        found, wanted = (model(ids[None]).logits[0].log_softmax(-1) for model in (student, teacher))
+        whole = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        whole.backward()
+        theirs = [p.grad for p in parameters]
+    assert float(value) == pytest.approx(whole.item(), rel=1e-4)
+    size = max(float(g.norm()) for g in mine)
+    for grad, other in zip(mine, theirs, strict=True):
+        assert float((grad - other).norm()) <= 1e-3 * float(grad.norm()) + 1e-5 * size
 
 
 def test_what_serves_held_out_windows_best_is_kept(small, folders):

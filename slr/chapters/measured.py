@@ -64,11 +64,11 @@ def front_page(text: str = "wikitext-2-test.txt") -> pd.DataFrame:
     }
     rows = {
         shown: {
+            "": "*" if found[name].frontier else "",
             "MB": f"{found[name].bytes / 1e6:.0f}",
             "bits": f"{found[name].bits:.1f}",
             "products": f"{found[name].multiplications:.0%}",
             "perplexity": f"{found[name].other:.1f}",
-            "": "*" if found[name].frontier else "",
         }
         for name, shown in SHOWN.items()
         if name in found

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from slr.model import distributed
 from slr.model.arithmetic import compute_dtype, computing
 from slr.model.blocks import decoder_blocks, in_mode
 from slr.model.data import check_windows
+from slr.model.heads import final_states, headed
 from slr.model.tuning import HELD, descending, trainable
 from slr.model.writing import written
 
@@ -65,9 +67,9 @@ def distil(
     Raises:
         ValueError, TypeError: as :func:`slr.model.data.check_windows`, or fewer than two windows.
 
-    Cost: a pass is three forward passes of the model and one of the teacher.  Memory: five float32
-        copies of the factors, one of S, and what a backward pass of one window needs, its logits
-        above all.
+    Cost: a pass is two forward passes of the model, for nothing of the size of S is learned, and
+        one of the teacher.  Memory: five float32 copies of the factors, one and a half of S, and
+        what a backward pass of one window needs.
 
     Source: knowledge distillation (Hinton et al. 2015) at temperature 1.
     """
@@ -78,7 +80,7 @@ def distil(
         raise ValueError(f"there are {count} windows; tuning needs two or more, one to hold out")
     held = max(1, count // HELD)
     narrow = compute_dtype(model.dtype, model.device)
-    with _ready(model, teacher, narrow), trainable(decoder_blocks(model), False) as parameters:
+    with _ready(model, teacher, narrow), trainable(decoder_blocks(model), narrow) as parameters:
         optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95))
         text = _with_more(mine[: count - held], teacher, more)
         steps = passes * len(text)
@@ -91,8 +93,7 @@ def distil(
             for _ in range(passes):
                 for window in torch.randperm(len(text), generator=generator).tolist():
                     optimiser.zero_grad()
-                    with torch.enable_grad():
-                        _divergence(model, teacher, text[window], narrow).backward()
+                    _divergence(model, teacher, text[window], narrow, learn=True)
                     distributed.average([p.grad for p in parameters if p.grad is not None])
                     optimiser.step()
                     rates.step()
@@ -128,16 +129,39 @@ def _ready(model: nn.Module, teacher: nn.Module, dtype: torch.dtype) -> Iterator
             parameter.requires_grad_(was)
 
 
-def _divergence(model: nn.Module, teacher: nn.Module, ids: Tensor, narrow: torch.dtype) -> Tensor:
-    """KL(teacher ‖ model), the mean over the tokens of one window (seqlen,)."""
+def _divergence(
+    model: Any, teacher: Any, ids: Tensor, narrow: torch.dtype, learn: bool = False
+) -> Tensor:
+    """KL(teacher ‖ model), the mean over the tokens of one window (seqlen,).
+
+    Logits live for a few tokens at a time: with `learn` each part's gradient goes to the final
+    states at once, and from there, in the end, to the model.
+    """
     device = next(model.parameters()).device
     ids = ids.to(device)[None]
+    autocast = partial(torch.autocast, device.type, narrow)
     with torch.no_grad():
-        wanted = teacher(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    with torch.autocast(device.type, narrow, enabled=narrow.itemsize < 4):
-        found = model(input_ids=ids, use_cache=False).logits[0]
-    found = found.float().log_softmax(-1)
-    return nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        wanted, kind_wanted = final_states(teacher, ids)
+    with torch.set_grad_enabled(learn), autocast(enabled=narrow.itemsize < 4):
+        found, kind = final_states(model, ids)
+        leaf = found.detach().requires_grad_(learn)
+        pairs = zip(
+            headed(model, ids, leaf[0], kind), headed(teacher, ids, wanted[0], kind_wanted),
+            strict=True,
+        )  # fmt: skip
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for ours, theirs in pairs:
+            with autocast(enabled=False):
+                part = nn.functional.kl_div(
+                    ours.float().log_softmax(-1), theirs.float().log_softmax(-1),
+                    log_target=True, reduction="sum",
+                ) / ids.numel()  # fmt: skip
+                if learn:
+                    part.backward()
+            total += part.detach()
+    if learn:
+        found.backward(leaf.grad)
+    return total
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from slr.model.blocks import decoder_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LOGITS_AT_ONCE", "instead", "logits", "tokens_at_once"]
+__all__ = ["LOGITS_AT_ONCE", "final_states", "headed", "instead", "logits", "tokens_at_once"]
 
 LOGITS_AT_ONCE = 1 << 23  # 32 MiB in float32; a few tensors of this size live at a time
 
@@ -59,19 +59,41 @@ def logits(model: PreTrainedModel, ids: Tensor, outputs: Tensor | None = None) -
     Cost: one forward pass, or final norm and head.  A model without ``get_decoder`` gives all
         logits at once.
     """
-    size = tokens_at_once(model)
     if not hasattr(model, "get_decoder"):
-        yield from model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).split(size)
+        found = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        yield from found.split(tokens_at_once(model))
         return
-    decoder: Any = model.get_decoder()
 
     def known(i: int) -> Callable:
         return lambda states, *args, **kwargs: outputs if i == 0 else states
 
     with instead(decoder_blocks(model) if outputs is not None else [], known):
-        found = decoder(input_ids=ids, use_cache=False)
-    kind, states = type(found), found.last_hidden_state[:, :-1].flatten(0, 1)
-    for part in states.split(size):
+        states, kind = final_states(model, ids)
+    yield from headed(model, ids, states[:, :-1].flatten(0, 1), kind)
+
+
+def final_states(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, type]:
+    """What the decoder hands to the head, (rows, seqlen, hidden), and how it wraps it.
+
+    Args:
+        model: with ``get_decoder``.
+        ids: int64 (rows, seqlen), on its device.
+    """
+    decoder: Any = model.get_decoder()
+    found = decoder(input_ids=ids, use_cache=False)
+    return found.last_hidden_state, type(found)
+
+
+def headed(model: PreTrainedModel, ids: Tensor, states: Tensor, kind: type) -> Iterator[Tensor]:
+    """Logits (tokens, vocabulary) of final states (all tokens, hidden), a few at a time.
+
+    Args:
+        model: with ``get_decoder``.
+        ids: any token ids, on its device.
+        states, kind: as :func:`final_states` gives them, flattened.
+    """
+    decoder: Any = model.get_decoder()
+    for part in states.split(tokens_at_once(model)):
         with instead([decoder], _giving(kind(last_hidden_state=part[None]))):
             made = model(input_ids=ids[:1, :1], use_cache=False).logits[0]
         yield made  # the decoder is itself again: whoever reads may run it

@@ -35,8 +35,35 @@ WARM = 8  # steps until the rate is reached; from there it falls to a tenth by a
 HELD = 8  # one window of so many is held out
 
 
-class _Tuned(nn.Module):
-    """An :class:`SLRLinear` whose parts are trained, in float32, as one dense matrix is used."""
+class _Part(nn.Module):
+    """A compressed layer whose parts are trained, in float32.
+
+    Used as one dense matrix, whose gradient all parts get theirs from; or, where only B and A
+    learn, part by part with a fixed S, which saves the product that this gradient takes.
+    """
+
+    B: Tensor
+    A: Tensor
+    bias: Tensor | None
+    fixed: Tensor | None = None  # S in the dtype that is computed in
+
+    def kept(self) -> Tensor:
+        """S (m, n), float32."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fix(self, dtype: torch.dtype) -> None:
+        """Take S as it is from now on."""
+        self.fixed = self.kept().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fixed is None:
+            return linear(x, torch.addmm(self.kept(), self.B, self.A), self.bias)
+        return linear(x, self.fixed, self.bias) + linear(linear(x, self.A), self.B)
+
+
+class _Tuned(_Part):
+    """An :class:`SLRLinear`."""
 
     mask: Tensor
 
@@ -51,9 +78,8 @@ class _Tuned(nn.Module):
             None if layer.bias is None else nn.Parameter(layer.bias.detach().clone().float())
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = torch.addmm(self.S * self.mask, self.B, self.A)
-        return linear(x, weight, self.bias)
+    def kept(self) -> Tensor:
+        return self.S * self.mask
 
     def layer(self, dtype: torch.dtype) -> SLRLinear:
         """What was learnt, packed."""
@@ -62,8 +88,8 @@ class _Tuned(nn.Module):
         return layer_of(Refined(S, B, A, (), self.mask), bias, pattern=self.pattern)
 
 
-class _TunedCodes(nn.Module):
-    """A :class:`RoundedLinear` whose scales and factors are trained, in float32; codes stay."""
+class _TunedCodes(_Part):
+    """A :class:`RoundedLinear`, of which scales and factors are trained; codes stay."""
 
     levels: Tensor
     mask: Tensor
@@ -81,11 +107,10 @@ class _TunedCodes(nn.Module):
             None if layer.bias is None else nn.Parameter(layer.bias.detach().clone().float())
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def kept(self) -> Tensor:
         n = self.levels.shape[1]
         width = self.rounded.grid.group or n
-        scale = self.scale.repeat_interleave(width, 1)[:, :n]
-        return linear(x, torch.addmm(self.levels * scale, self.B, self.A), self.bias)
+        return self.levels * self.scale.repeat_interleave(width, 1)[:, :n]
 
     def layer(self, dtype: torch.dtype) -> SLRLinear:
         """What was learnt, packed."""
@@ -163,13 +188,13 @@ def descending(step: int, steps: int) -> float:
 
 
 @contextmanager
-def trainable(block: nn.Module, values: bool = True) -> Iterator[list[nn.Parameter]]:
+def trainable(block: nn.Module, fixed: torch.dtype | None = None) -> Iterator[list[nn.Parameter]]:
     """While open, the compressed layers and all that is no linear layer have float32 parameters.
 
     Args:
         block: one, or a list of modules of them.
-        values: whether kept weights, or the scales of codes, are trained too, or only B, A and
-            what is no linear layer.
+        fixed: dtype to hold S in if only B, A and what is no linear layer are trained; ``None``
+            trains kept weights, or the scales of codes, too.
     """
     layers = {name: m for name, m in block.named_modules() if isinstance(m, SLRLinear)}
     were: dict[nn.Parameter, tuple[torch.dtype, bool]] = {}
@@ -183,8 +208,16 @@ def trainable(block: nn.Module, values: bool = True) -> Iterator[list[nn.Paramet
             parameter.data = parameter.data.float()
             parameter.requires_grad_(
                 not isinstance(module, nn.Linear)
-                and (values or parameter is not getattr(module, KEPT.get(type(module), ""), None))
+                and (
+                    fixed is None
+                    or parameter is not getattr(module, KEPT.get(type(module), ""), None)
+                )
             )
+    if fixed is not None:
+        for name in layers:
+            part = block.get_submodule(name)
+            assert isinstance(part, _Part)
+            part.fix(fixed)
     try:
         yield [p for p in were if p.requires_grad]
     finally:
