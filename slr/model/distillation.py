@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,34 +133,33 @@ def _divergence(
 ) -> Tensor:
     """KL(teacher ‖ model), the mean over the tokens of one window (seqlen,).
 
-    Logits live for a few tokens at a time: with `learn` each part's gradient goes to the final
-    states at once, and from there, in the end, to the model.
+    Logits live for a few tokens at a time: with `learn` the gradient of each part, q - p, goes to
+    the final states at once, and from there, in the end, to the model.
     """
     device = next(model.parameters()).device
     ids = ids.to(device)[None]
-    autocast = partial(torch.autocast, device.type, narrow)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     with torch.no_grad():
-        wanted, kind_wanted = final_states(teacher, ids)
-    with torch.set_grad_enabled(learn), autocast(enabled=narrow.itemsize < 4):
-        found, kind = final_states(model, ids)
-        leaf = found.detach().requires_grad_(learn)
-        pairs = zip(
-            headed(model, ids, leaf[0], kind), headed(teacher, ids, wanted[0], kind_wanted),
-            strict=True,
-        )  # fmt: skip
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        for ours, theirs in pairs:
-            with autocast(enabled=False):
-                part = nn.functional.kl_div(
-                    ours.float().log_softmax(-1), theirs.float().log_softmax(-1),
-                    log_target=True, reduction="sum",
-                ) / ids.numel()  # fmt: skip
-                if learn:
-                    part.backward()
-            total += part.detach()
+        states, kind = final_states(teacher, ids)
+        teaches = headed(teacher, ids, states[0], kind)
+    with (
+        torch.set_grad_enabled(learn),
+        torch.autocast(device.type, narrow, enabled=narrow.itemsize < 4),
+    ):
+        states, kind = final_states(model, ids)
+        leaf = states.detach().requires_grad_(learn)
+        for logits, wanted in zip(headed(model, ids, leaf[0], kind), teaches, strict=True):
+            with torch.no_grad():
+                log_q = logits.log_softmax(-1, dtype=torch.float32)
+                log_p = wanted.log_softmax(-1, dtype=torch.float32)
+                p = log_p.exp()
+                total += log_p.sub_(log_q).mul_(p).sum()
+                gradient = log_q.exp_().sub_(p).div_(ids.numel())
+            if learn:
+                logits.backward(gradient.to(logits.dtype))
     if learn:
-        found.backward(leaf.grad)
-    return total
+        states.backward(leaf.grad)
+    return total / ids.numel()
 
 
 @torch.no_grad()
