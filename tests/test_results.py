@@ -2,10 +2,14 @@
 
 import itertools
 import json
+import math
+import statistics
 from pathlib import Path
 
 import pytest
 
+from slr.chapters.measured import of_systems
+from slr.chapters.records import recorded
 from slr.evaluate.reproduction import grid
 from slr.evaluate.tables import Spec
 
@@ -132,3 +136,18 @@ def test_llama_cpp_computed_what_slr_does():
     assert round(found["perplexity"], 2) == 56.16
     for outtype in ("q8_0", "q4_0"):  # llama.cpp's own part
         assert round(rows[outtype]["KL, file"], 3) == 0.003
+
+
+def test_other_systems_are_told_beside_a_row_of_the_same_windows():
+    told = recorded("smollm2/systems")
+    losses = {(r["system"], r["row"]): r["losses"]["embedded"] for r in told["rows"]}
+    found = of_systems("losparse", text="embedded", beside="itp")
+    assert found.index[0] == ("dense", "dense")
+    for key, row in found.iterrows():
+        assert row["perplexity"] == pytest.approx(math.exp(statistics.mean(losses[key])), rel=1e-4)
+        assert bool(row["over itp"]) == (key != ("losparse", "itp"))
+    over = math.exp(statistics.mean(losses["losparse", "losparse"]))
+    over /= math.exp(statistics.mean(losses["losparse", "itp"]))
+    assert found.loc[("losparse", "losparse"), "over itp"].startswith(f"{over:.3f} (")
+    with pytest.raises(ValueError, match="beside is 'no such'; it must be one of 'dense'"):
+        of_systems("losparse", beside="no such")

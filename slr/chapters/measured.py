@@ -211,6 +211,12 @@ def of_systems(
     Returns:
         A row for each that is measured, the dense model first: shares of ``"parameters"`` and
         ``"bytes"`` of what was compressed, ``"perplexity"``, its ratio and the interval of that.
+
+    Raises:
+        ValueError: no row is called `beside`.
+
+    >>> of_systems("losparse").columns.tolist()
+    ['parameters', 'bytes', 'perplexity', 'over dense']
     """
     found = {
         (row["system"], row["row"]): row
@@ -220,7 +226,10 @@ def of_systems(
     own = {
         key: torch.tensor(row["losses"][text], dtype=torch.float64) for key, row in found.items()
     }
-    other = next(own[key] for key in own if key[1] == beside)
+    other = next((own[key] for key in own if key[1] == beside), None)
+    if other is None:
+        names = ", ".join(repr(name) for _, name in own)
+        raise ValueError(f"beside is {beside!r}; it must be one of {names}")
     rows = {}
     for key, row in found.items():
         value, low, high = ratio(own[key], other)
