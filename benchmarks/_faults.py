@@ -281,7 +281,7 @@ LAYERS = [
     fault("of two of equal size the worse one on the frontier", (19,), "evaluate/league.py",
           ("key=lambda p: (p.bits, value[p])", "key=lambda p: (p.bits, -value[p])")),
     fault("distillation with the divergence turned round", (19,), "model/distillation.py",
-          ("kl_div(found, wanted,", "kl_div(wanted, found,")),
+          ("log_q.sub_(log_p).mul_(q)", "(log_p - log_q).mul_(log_p.exp())")),
 ]  # fmt: skip
 
 FAULTS = [*MASKS, *COUNTS, *LOW_RANK, *OUTPUTS, *MODELS, *SYSTEMS, *LAYERS]

@@ -131,9 +131,9 @@ def _ready(model: nn.Module, teacher: nn.Module, dtype: torch.dtype) -> Iterator
 def _divergence(
     model: Any, teacher: Any, ids: Tensor, narrow: torch.dtype, learn: bool = False
 ) -> Tensor:
-    """KL(teacher ‖ model), the mean over the tokens of one window (seqlen,).
+    """KL(q ‖ p), q the teacher's and p the model's, the mean over a window (seqlen,).
 
-    Logits live for a few tokens at a time: with `learn` the gradient of each part, q - p, goes to
+    Logits live for a few tokens at a time: with `learn` the gradient of each part, p - q, goes to
     the final states at once, and from there, in the end, to the model.
     """
     device = next(model.parameters()).device
@@ -150,11 +150,11 @@ def _divergence(
         leaf = states.detach().requires_grad_(learn)
         for logits, wanted in zip(headed(model, ids, leaf[0], kind), teaches, strict=True):
             with torch.no_grad():
-                log_q = logits.log_softmax(-1, dtype=torch.float32)
-                log_p = wanted.log_softmax(-1, dtype=torch.float32)
-                p = log_p.exp()
-                total += log_p.sub_(log_q).mul_(p).sum()
-                gradient = log_q.exp_().sub_(p).div_(ids.numel())
+                log_p = logits.log_softmax(-1, dtype=torch.float32)
+                log_q = wanted.log_softmax(-1, dtype=torch.float32)
+                q = log_q.exp()
+                total += log_q.sub_(log_p).mul_(q).sum()
+                gradient = log_p.exp_().sub_(q).div_(ids.numel())
             if learn:
                 logits.backward(gradient.to(logits.dtype))
     if learn:
