@@ -138,6 +138,23 @@ def test_the_command_and_what_is_measured(small, tmp_path):
     assert slr.perplexity(tuned, windows) == pytest.approx(after["perplexity"]["result"], rel=0.02)
 
 
+def test_as_many_windows_are_written_at_a_time_as_their_cache_has_room_for(small, monkeypatch):
+    from slr.model import writing
+
+    teacher = slr.load(small, dtype=torch.float32)
+    config, seen = teacher.config, []
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 24
+    real = teacher.generate
+    monkeypatch.setattr(
+        teacher, "generate", lambda ids, **more: seen.append(len(ids)) or real(ids, **more)
+    )
+    monkeypatch.setattr(writing, "CACHE", 3 * each)
+    assert written(teacher, WINDOWS, 7).shape == (7, 24)
+    monkeypatch.setattr(writing, "CACHE", each // 2)  # one has to have room
+    written(teacher, WINDOWS, 2)
+    assert seen == [3, 3, 1, 1, 1]
+
+
 def test_what_is_refused(small, folders, tmp_path):
     out = tmp_path / "out"
     for folder, options, message in (

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["written"]
 
 BEGIN = 32  # tokens of a text, at most, that are gone on from
-TOGETHER = 16  # windows that are written at a time
+TOGETHER = 64  # windows that are written at a time, if their keys and values take less than
+CACHE = 1 << 31  # bytes: reading the weights for each token is what a few windows wait for
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def written(model: PreTrainedModel, windows: Tensor, count: int, *, seed: int = 
     Returns:
         int64 (count, seqlen), on the CPU.
 
-    Cost: a forward pass of one token at a time, for `TOGETHER` windows at once.
+    Cost: a forward pass of one token at a time, for `TOGETHER` windows at once, or for as many as
+        have room in a cache of `CACHE` bytes.
     Source: as LLM-QAT (Liu et al. 2024), which begins from random tokens.
     """
     seqlen = windows.shape[1]
@@ -53,7 +55,7 @@ def written(model: PreTrainedModel, windows: Tensor, count: int, *, seed: int = 
     made = []
     with torch.random.fork_rng(_devices(model)):
         torch.manual_seed(seed)
-        for ids in torch.stack(starts).to(model.device).split(TOGETHER):
+        for ids in torch.stack(starts).to(model.device).split(_together(model, seqlen)):
             generate: Any = model.generate  # which nn.Module's types do not know
             made.append(
                 generate(
@@ -63,6 +65,16 @@ def written(model: PreTrainedModel, windows: Tensor, count: int, *, seed: int = 
                 ).cpu()
             )  # fmt: skip
     return torch.cat(made)
+
+
+def _together(model: PreTrainedModel, seqlen: int) -> int:
+    """How many windows to write at a time."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    each = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize * seqlen
+    return max(1, min(TOGETHER, CACHE // each))
 
 
 def _devices(model: PreTrainedModel) -> list[torch.device]:
