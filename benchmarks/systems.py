@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from cap import equal_parameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +41,9 @@ from slr.methods.induction import Induction, induce
 from slr.model.blocks import blocks_name, decoder_blocks, in_mode
 from slr.model.losses import window_losses
 from slr.model.plain import round_linears
+
+sys.path.insert(0, str(Path(__file__).parent))  # however this file is run
+from cap import equal_parameters
 
 SPEC = Spec.read("smollm2")
 BUDGET, SEED = 0.5, 0

@@ -1,6 +1,8 @@
 """What a compression says of itself, before and after."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from slr.checkpoint.folder import about, load_tokenizer
 from slr.checkpoint.sizes import checkpoint_account
 from slr.checkpoint.work import HELD_OUT, look
 from slr.cli import app
+from slr.measurements import benchmarks
 from slr.methods.blockwise import compress_model
 from slr.model import data
 from slr.model.plain import PLAIN, round_linears
@@ -143,6 +146,16 @@ def test_windows_are_spread_over_the_text(small):
     every, few = data.windows(text, tokenizer, 16), data.windows(text, tokenizer, 16, 4)
     n = len(every)
     assert torch.equal(few, every[[0, n // 4, n // 2, 3 * n // 4]])
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_every_benchmark_tells_its_options(name, monkeypatch):
+    """By ``slr bench``, where the folder of its siblings is no place to import from."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).name != "benchmarks"])
+    done = run(app, ["bench", name, "--help"])
+    assert done.exit_code == 0, done.output
+    assert "usage:" in done.stdout
 
 
 def test_presets_benchmarks_and_version():
