@@ -145,9 +145,14 @@ def test_other_systems_are_told_beside_a_row_of_the_same_windows():
     assert found.index[0] == ("dense", "dense")
     for key, row in found.iterrows():
         assert row["perplexity"] == pytest.approx(math.exp(statistics.mean(losses[key])), rel=1e-4)
-        assert bool(row["over itp"]) == (key != ("losparse", "itp"))
+        assert bool(row["95%"]) == (key != ("losparse", "itp"))
     over = math.exp(statistics.mean(losses["losparse", "losparse"]))
     over /= math.exp(statistics.mean(losses["losparse", "itp"]))
-    assert found.loc[("losparse", "losparse"), "over itp"].startswith(f"{over:.3f} (")
+    assert found.loc[("losparse", "losparse"), "over itp"] == pytest.approx(over)
+    low, high = found.loc[("losparse", "losparse"), "95%"].split(" to ")
+    assert float(low) < over < float(high)
+    assert [*dict.fromkeys(s for s, _ in of_systems("rounded", "cap").index)] == [
+        "dense", "rounded", "cap",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="beside is 'no such'; it must be one of 'dense'"):
         of_systems("losparse", beside="no such")

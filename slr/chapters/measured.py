@@ -209,20 +209,20 @@ def of_systems(
         beside: row whose perplexity others are divided by, on the same windows.
 
     Returns:
-        A row for each that is measured, the dense model first: shares of ``"parameters"`` and
-        ``"bytes"`` of what was compressed, ``"perplexity"``, its ratio and the interval of that.
+        A row for each that is measured, the dense model first, then as the systems are named:
+        shares of ``"parameters"`` and ``"bytes"`` of what was compressed, ``"perplexity"``, what it
+        is over the other, and the interval of that, ``"95%"``.
 
     Raises:
         ValueError: no row is called `beside`.
 
     >>> of_systems("losparse").columns.tolist()
-    ['parameters', 'bytes', 'perplexity', 'over dense']
+    ['parameters', 'bytes', 'perplexity', 'over dense', '95%']
     """
-    found = {
-        (row["system"], row["row"]): row
-        for row in recorded("smollm2/systems")["rows"]
-        if row["system"] in ("dense", *systems)
-    }
+    shown = ("dense", *systems)
+    told = [row for row in recorded("smollm2/systems")["rows"] if row["system"] in shown]
+    told.sort(key=lambda row: shown.index(row["system"]))
+    found = {(row["system"], row["row"]): row for row in told}
     own = {
         key: torch.tensor(row["losses"][text], dtype=torch.float64) for key, row in found.items()
     }
@@ -233,9 +233,9 @@ def of_systems(
     rows = {}
     for key, row in found.items():
         value, low, high = ratio(own[key], other)
-        told = "" if own[key] is other else f"{value:.3f} ({low:.3f} to {high:.3f})"
         rows[key] = {
             "parameters": row["parameters"], "bytes": row["bytes"],
-            "perplexity": row["perplexity"][text], f"over {beside}": told,
+            "perplexity": row["perplexity"][text], f"over {beside}": value,
+            "95%": "" if own[key] is other else f"{low:.3f} to {high:.3f}",
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
