@@ -149,7 +149,7 @@ def test_other_systems_are_told_beside_a_row_of_the_same_windows():
     over = math.exp(statistics.mean(losses["losparse", "losparse"]))
     over /= math.exp(statistics.mean(losses["losparse", "itp"]))
     assert found.loc[("losparse", "losparse"), "over itp"] == pytest.approx(over)
-    low, high = found.loc[("losparse", "losparse"), "95%"].split(" to ")
+    low, high = found.loc[("losparse", "losparse"), "95%"].split("\u00a0to\u00a0")
     assert float(low) < over < float(high)
     assert [*dict.fromkeys(s for s, _ in of_systems("rounded", "cap").index)] == [
         "dense", "rounded", "cap",

@@ -236,6 +236,6 @@ def of_systems(
         rows[key] = {
             "parameters": row["parameters"], "bytes": row["bytes"],
             "perplexity": row["perplexity"][text], f"over {beside}": value,
-            "95%": "" if own[key] is other else f"{low:.3f} to {high:.3f}",
+            "95%": "" if own[key] is other else f"{low:.2f}\u00a0to\u00a0{high:.2f}",
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
