@@ -47,13 +47,15 @@ def row(choice: str, made: torch.nn.Module, reports: list, windows: torch.Tensor
     }
 
 
-def equal_parameters(layers: dict[str, torch.nn.Linear], budget: float, rank: int) -> dict:
+def equal_parameters(block: torch.nn.Module, budget: float, rank: int) -> dict:
     """Overrides of a recipe that spend a budget exactly: on B A of a rank, and on whole entries.
 
-    By the last part of a layer's name, as ``"*.q_proj"``.
+    By the last part of a layer's name, as ``"*.q_proj"``; all blocks are shaped as this one.
     """
     overrides = {}
-    for name, layer in layers.items():
+    for name, layer in block.named_modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
         m, n = layer.weight.shape
         entries = budget * m * n - rank * (m + n)
         pruned = 1 - math.floor(entries / m) / n + 1e-9  # whole entries of a row
@@ -66,14 +68,9 @@ def others(budget: float, calibration: torch.Tensor, windows: torch.Tensor) -> I
     for choice, refine in (("magnitude", "none"), ("refine, weights", "weights"),
                            ("refine, activations", "activations")):  # fmt: skip
         made, rank = model(), 0 if refine == "none" else RANK
-        layers = {
-            name: layer
-            for name, layer in made.model.layers[0].named_modules()
-            if isinstance(layer, torch.nn.Linear)
-        }
         recipe = slr.Recipe(
             prune="magnitude", pattern="0.5", refine=refine, rank=rank or None,
-            overrides=equal_parameters(layers, budget, rank),
+            overrides=equal_parameters(made.model.layers[0], budget, rank),
         )  # fmt: skip
         reports = slr.compress_model(made, recipe, calibration)
         yield row(choice, made, reports, windows)

@@ -74,11 +74,6 @@ def dense() -> nn.Module:
     return slr.load("smollm2", dtype=torch.float32)
 
 
-def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers in a module, by name."""
-    return {k: m for k, m in module.named_modules() if isinstance(m, nn.Linear)}
-
-
 def others(model: nn.Module) -> list[str]:
     """Patterns of the layers of all blocks after the first ones."""
     count = len(decoder_blocks(model))
@@ -125,10 +120,9 @@ def by_recipe(prune: str, refine: str, windows: Tensor, **more) -> Made:
     """A recipe, of rank 18 where it repairs, with as many parameters as the others."""
     model = dense()
     rank = 0 if refine == "none" else 18
-    one = linears(decoder_blocks(model)[0])  # the others have the same shapes
     recipe = slr.Recipe(
         prune=prune, pattern=BUDGET, refine=refine, rank=rank or None, skip=others(model),
-        overrides=equal_parameters(one, BUDGET, rank), **more,
+        overrides=equal_parameters(decoder_blocks(model)[0], BUDGET, rank), **more,
     )  # fmt: skip
     return model, spent(slr.compress_model(model, recipe, windows))
 

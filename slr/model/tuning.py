@@ -13,6 +13,7 @@ Book: chapter 9.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +36,7 @@ WARM = 8  # steps until the rate is reached; from there it falls to a tenth by a
 HELD = 8  # one window of so many is held out
 
 
-class _Part(nn.Module):
+class _Part(nn.Module, ABC):
     """A compressed layer whose parts are trained, in float32.
 
     Used as one dense matrix, whose gradient all parts get theirs from; or, where only B and A
@@ -47,9 +48,9 @@ class _Part(nn.Module):
     bias: Tensor | None
     fixed: Tensor | None = None  # S in the dtype that is computed in
 
+    @abstractmethod
     def kept(self) -> Tensor:
         """S (m, n), float32."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def fix(self, dtype: torch.dtype) -> None:
