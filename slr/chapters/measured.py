@@ -210,14 +210,14 @@ def of_systems(
 
     Returns:
         A row for each that is measured, the dense model first, then as the systems are named:
-        shares of ``"parameters"`` and ``"bytes"`` of what was compressed, ``"perplexity"``, what it
-        is over the other, and the interval of that, ``"95%"``.
+        ``"perplexity"``, what it is over the other, the interval of that, ``"95%"``, and shares of
+        ``"parameters"`` and ``"bytes"`` of what was compressed.
 
     Raises:
         ValueError: no row is called `beside`.
 
     >>> of_systems("losparse").columns.tolist()
-    ['parameters', 'bytes', 'perplexity', 'over dense', '95%']
+    ['perplexity', 'over dense', '95%', 'parameters', 'bytes']
     """
     shown = ("dense", *systems)
     told = [row for row in recorded("smollm2/systems")["rows"] if row["system"] in shown]
@@ -234,8 +234,8 @@ def of_systems(
     for key, row in found.items():
         value, low, high = ratio(own[key], other)
         rows[key] = {
-            "parameters": row["parameters"], "bytes": row["bytes"],
             "perplexity": row["perplexity"][text], f"over {beside}": value,
             "95%": "" if own[key] is other else f"{low:.2f}\u00a0to\u00a0{high:.2f}",
+            "parameters": row["parameters"], "bytes": row["bytes"],
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")

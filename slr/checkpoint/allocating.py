@@ -99,7 +99,7 @@ def allocated(
             source.fill_outside()
         inputs = None
         if windows is not None:
-            inputs = calibration_inputs(model, recipe, windows, Path(scratch))
+            inputs = calibration_inputs(model, recipe, windows, Path(scratch), changes=False)
         if isinstance(source, Stream):
             source.empty_outside()
         blocks = source.filled() if isinstance(source, Stream) else walk(model)

@@ -143,7 +143,12 @@ def compress_model(
 
 
 def calibration_inputs(
-    model: PreTrainedModel, recipe: Recipe, windows: Tensor, folder: Path | None = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    windows: Tensor,
+    folder: Path | None = None,
+    *,
+    changes: bool = True,
 ) -> BlockInputs:
     """Of the first block, for this process's calibration windows.
 
@@ -152,13 +157,15 @@ def calibration_inputs(
         recipe: that needs data.
         windows: int64 (count, seqlen); all of them.
         folder: where large inputs may be kept on disk.
+        changes: whether blocks will be compressed as one walks; if not, no recipe needs the dense
+            model's inputs beside these.
     """
     weight = model.get_input_embeddings().weight
     dtype = compute_dtype(weight.dtype, weight.device)  # type: ignore[arg-type]
     if recipe.prepare != "none":  # scales are trained in the dtype of the weights
         dtype = weight.dtype  # type: ignore[assignment]
     inputs = first_inputs(model, distributed.mine(windows), folder=folder, dtype=dtype)
-    return inputs.beside(folder) if recipe.follows_dense else inputs
+    return inputs.beside(folder) if changes and recipe.follows_dense else inputs
 
 
 @contextmanager
