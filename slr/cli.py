@@ -274,7 +274,13 @@ def tune_(
     more: Annotated[
         int, typer.Option(help="windows that the dense model writes, to learn from besides")
     ] = 0,
-    calibration: opt.Calibration = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="general | embedded | wikitext2 | c4 | a text file "
+            "(default: the one that the model was calibrated on)"
+        ),
+    ] = None,
     source: opt.Source = None,
     device: opt.Device = "auto",
 ) -> None:
