@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 import slr.options as opt
 from slr import reports
+from slr.checkpoint.named import default_text
 from slr.console import as_json, say
 from slr.console import table as columns_of
 
@@ -99,7 +101,7 @@ def league(
     name = "league" if model == spec.model else f"league-{Path(model).name}"
     out = out or Path("results") / "measured" / name
     say(f"{spec.title}: {model} -> {out}, on {where}")
-    reports.folder_of(model)
+    spec = replace(spec, calibration=default_text(reports.folder_of(model)))
     drawn, into = (spec, out) if seed is None else places_of.seeded(spec, out, seed)
     reproduction.reproduce(
         drawn, into, model=model, rows=rows.split(","), text=text, device=where, fresh=fresh,

@@ -118,6 +118,17 @@ def test_the_command(small, tmp_path):
     assert "row 'nothing' fits none of dense" in done.output
 
 
+def test_a_model_is_calibrated_on_the_text_that_it_is_compressed_on(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "slr.evaluate.reproduction.reproduce", lambda spec, out, **_: taken.append(spec.calibration)
+    )
+    for model in ("tiny", str(slr.tiny.path())):
+        done = CliRunner().invoke(app, ["league", model, "--out", str(tmp_path / "cells")])
+        assert done.exit_code == 0, done.output
+    assert taken == ["embedded", "embedded"]  # the table's own is general text
+
+
 def test_seeds_are_beside_one_another_and_their_spread_is_told(small, table, tmp_path):
     spec, _ = table
     cells = tmp_path / "cells"
