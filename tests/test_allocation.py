@@ -10,6 +10,7 @@ from slr.checkpoint.folder import about
 from slr.cli import app
 from slr.matrix.patterns import parse
 from slr.model.allocation import by_energy, by_outliers, outliers
+from slr.model.calibrate import BlockInputs
 from slr.model.recipe import Recipe
 
 FEW = {"samples": 4, "seqlen": 32}
@@ -101,6 +102,13 @@ def test_the_total_is_kept_and_every_layer_is_told(small, tmp_path, by, options)
     assert about(tmp_path / "uneven")["recipe"]["overrides"] == found.overrides
     if "group" in options:
         assert {parse(each["pattern"]).group for each in found.overrides.values()} == {"matrix"}
+
+
+def test_the_dense_model_is_not_followed_twice(small, monkeypatch):
+    monkeypatch.setattr(BlockInputs, "beside", lambda *_: pytest.fail("a second copy"))
+    recipe = Recipe(pattern="0.5", rank=2, asymmetric=True, **FEW)
+    assert recipe.follows_dense
+    assert slr.allocate(small, recipe, "owl").overrides
 
 
 def test_a_loaded_model_is_only_read(small):
