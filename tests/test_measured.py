@@ -121,6 +121,12 @@ def test_the_disk_that_is_foretold_is_what_is_taken(recipe, tmp_path):
     assert found.memory > found.disk
 
 
+def test_the_memory_that_is_foretold_counts_the_model_that_is_loaded_for_the_sample(monkeypatch):
+    monkeypatch.setattr("slr.checkpoint.estimates.whole_for_sample", lambda stream: 10**12)
+    found = estimate(look("tiny", "not-there", Recipe("magnitude", refine="none")))
+    assert found.memory > 10**12
+
+
 def test_a_dry_run_writes_nothing(small, tmp_path):
     done = run(app, ["compress", str(small), "--out", str(tmp_path / "out"), "--dry-run", "--json"])
     assert done.exit_code == 0, done.output

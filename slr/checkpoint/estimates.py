@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import nn
 
+from slr.checkpoint.measuring import whole_for_sample
 from slr.checkpoint.sizes import bytes_after
 from slr.checkpoint.work import Prospect
 from slr.matrix.pruners import Known
@@ -88,10 +89,13 @@ def estimate(work: Prospect) -> Estimate:
     if some is not None:
         windows = count * (1 + recipe.follows_dense) + (chains + 1) * held
         hidden = windows * some.shape[1] * stream.config.hidden_size
-    peak = psutil.Process().memory_info().rss + _largest(work)
+    peak = hidden * dtype.itemsize + _largest(work)
     if recipe.tune:  # the weights, their gradients and what Adam knows
         peak += 20 * sum(p.numel() for p in block.parameters())
-    return Estimate(seconds, peak + hidden * dtype.itemsize, bytes_after(stream, work.plan))
+    if work.held is not None:  # at the end, when there are neither statistics nor gradients
+        peak = max(peak, whole_for_sample(stream))
+    memory = psutil.Process().memory_info().rss + peak
+    return Estimate(seconds, memory, bytes_after(stream, work.plan))
 
 
 def _run(

@@ -29,7 +29,7 @@ from slr.model.heldout import KINDS, HeldOut
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
-__all__ = ["PROMPT", "go_on", "keep", "measure", "take", "watched", "words"]
+__all__ = ["PROMPT", "go_on", "keep", "measure", "take", "watched", "whole_for_sample", "words"]
 
 PROMPT, WORDS = 24, 16  # tokens of the sample
 SMALL = 4e9  # bytes of a model that is loaded whole for the sample
@@ -108,11 +108,18 @@ def told(work: Work, perplexity: dict[str, float], sample: dict | None) -> dict:
     }  # fmt: skip
 
 
+def whole_for_sample(stream: Stream) -> int:
+    """Bytes of the model where it is loaded whole for the sample; 0 for one that is too large."""
+    dtype = compute_dtype(stream.dtype, stream.device)
+    size = sum(p.numel() for p in stream.model.parameters()) * dtype.itemsize
+    return size if size <= SMALL else 0
+
+
 def _sample(work: Work) -> dict | None:
     """How the dense and the compressed model go on from a few words; ``None`` for large models."""
     source = work.stream
     dtype = compute_dtype(source.dtype, source.device)
-    if sum(p.numel() for p in source.model.parameters()) * dtype.itemsize > SMALL:
+    if not whole_for_sample(source):
         return None
     stream = Stream(source.folder, source.device, dtype)
     stream.fill_outside()
