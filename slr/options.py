@@ -158,7 +158,9 @@ Seqlen = Annotated[
     int | None,
     Option(help="tokens in a window (default: the longest, to 1024; to 2048 in slr eval)"),
 ]
-Seed = Annotated[int | None, Option(help="of random masks and starts (default: 0)")]
+Seed = Annotated[
+    int | None, Option(help="of calibration windows, random masks and starts (default: 0)")
+]
 Text = Annotated[
     str | None, Option(help="general | embedded | wikitext2 | a text file (default: embedded)")
 ]

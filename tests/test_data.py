@@ -107,6 +107,16 @@ def test_calibration_is_spread_over_a_text_but_every_tenth_window(tokenizer, tmp
         calibration(str(tmp_path / "text.txt"), tokenizer, 64, 500)
 
 
+@pytest.mark.parametrize("source", ["embedded", "general"])
+def test_another_seed_calibrates_on_other_windows(source, tokenizer):
+    sets = [
+        {tuple(row) for row in calibration(source, tokenizer, 64, 16, seed=seed).tolist()}
+        for seed in range(3)
+    ]
+    assert all(len(each) == 16 for each in sets)
+    assert len(set.union(*sets)) == 48
+
+
 class Rows(list):
     """What `datasets` streams."""
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from slr.evaluate.tables import Cell, Spec
 
-__all__ = ["Place", "as_table", "places", "seeded"]
+__all__ = ["Place", "as_table", "places", "seeded", "spread"]
 
 ROUNDED = "rounded/"
 
@@ -128,7 +128,7 @@ def as_table(found: Sequence[Place], text: str | None = None) -> str:
         rows.append([
             "*" if place.frontier else "", place.name, f"{place.bits:.2f}",
             f"{place.bytes / 1e6:.1f}", f"{place.multiplications:.3f}", f"{place.perplexity:.2f}",
-            *([other] if text else []), *([_spread(place.seeds)] if several else []),
+            *([other] if text else []), *([spread(place.seeds)] if several else []),
             f"{place.seconds:.0f}",
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -140,10 +140,10 @@ def as_table(found: Sequence[Place], text: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean, standard deviation and number of some values.
+def spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of some values; nothing of less than two.
 
-    >>> _spread([20.0, 21.0, 22.0])
+    >>> spread([20.0, 21.0, 22.0])
     '21.00 ± 1.00 of 3'
     """
     if len(values) < 2:

@@ -3,6 +3,7 @@
 Book: "How to use this book" and chapter 1.
 """
 
+import math
 import random
 import warnings
 from pathlib import Path
@@ -84,7 +85,7 @@ def calibration(
         tokenizer: a Hugging Face tokenizer.
         seqlen: tokens in a window.
         samples: number of windows; when ``None`` :data:`SAMPLES`, or all if there are fewer.
-        seed: for ``"c4"``.
+        seed: which windows, of those that there are.
 
     Returns:
         int64 (samples, seqlen).
@@ -103,7 +104,7 @@ def calibration(
         found = _of_c4("train", tokenizer, seqlen, wanted, seed)
     else:
         found = windows(load_text(source, "calibration"), tokenizer, seqlen)
-        found = spread(found if source in SPLIT else _parted(found)[0], wanted)
+        found = spread(found if source in SPLIT else _parted(found)[0], wanted, seed)
     if samples is not None and len(found) < samples:
         raise ValueError(
             f"text {source!r} has {len(found)} windows of {seqlen} tokens to calibrate on, fewer "
@@ -116,8 +117,9 @@ def unseen(source: str, tokenizer, seqlen: int, count: int, seed: int = 0) -> to
     """Held-out windows of a calibration text, that :func:`calibration` never gives.
 
     Args:
-        source, tokenizer, seqlen, seed: as for :func:`calibration`.
+        source, tokenizer, seqlen: as for :func:`calibration`.
         count: at most so many.
+        seed: for ``"c4"``; of a text the same windows are held out whatever it is.
 
     Returns:
         int64 (count, seqlen); ``None`` if the text is too short to hold any of it out.
@@ -197,16 +199,25 @@ def _tokens(text: str, tokenizer) -> torch.Tensor:
     return _READ[key]
 
 
-def spread(windows: torch.Tensor, limit: int) -> torch.Tensor:
+def spread(windows: torch.Tensor, limit: int, seed: int = 0) -> torch.Tensor:
     """At most `limit` windows, evenly spread over all of them: a prefix would be a few documents.
+
+    Args:
+        windows: (count, ...).
+        limit: how many.
+        seed: where in its stride the first one lies: at its start for 0, for others as far from
+            those of other seeds as multiples of the golden ratio are.
 
     >>> spread(torch.arange(10), 4).tolist(), spread(torch.arange(3), 4).tolist()
     ([0, 2, 5, 7], [0, 1, 2])
+    >>> spread(torch.arange(10), 4, seed=1).tolist()
+    [1, 4, 6, 9]
     """
     count = len(windows)
     if limit >= count:
         return windows
-    return windows[[i * count // limit for i in range(limit)]]
+    first = int(count * (seed * (math.sqrt(5) - 1) / 2 % 1))
+    return windows[[(i * count + first) // limit for i in range(limit)]]
 
 
 def check_windows(windows: torch.Tensor, config) -> None:

@@ -78,7 +78,7 @@ class Recipe:
         samples: calibration windows, for methods that look at data; when ``None``
             :data:`slr.model.data.SAMPLES`, or all that there are.
         seqlen: tokens in each; the model's longest context, 1024 at most, when ``None``.
-        seed: for random masks and the solver's start.
+        seed: for the windows that are drawn, random masks and the solver's start.
         skip: names of layers to leave dense (ignored modules), with ``*`` for anything:
             ``["*.down_proj", "model.layers.0.*"]``.
         overrides: other options for some layers (target modules), by such names; of several that
