@@ -15,6 +15,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import slr
+from slr.chapters import packed24
 from slr.layer import backends, sparse24
 from slr.layer.backends import Machine, choose
 from slr.layer.bits import pack_mask
@@ -52,12 +53,12 @@ def bits(tensor):
 )
 def test_packed_and_back_bit_for_bit(m, quarters, dtype, seed):
     S, mask = two_four(m, 4 * quarters, dtype, seed, zeros=True)
-    packed = sparse24.pack(S, mask)
+    packed = packed24.pack(S, mask)
     assert packed.values.shape == (m, 2 * quarters)
     assert packed.indices.shape == (-(-m * quarters // 2),)
-    assert torch.equal(bits(sparse24.unpack(packed)), bits(S))
+    assert torch.equal(bits(packed24.unpack(packed)), bits(S))
     bitmask = pack_mask(mask)
-    assert torch.equal(sparse24.bitmask_of(packed.indices), bitmask)
+    assert torch.equal(packed24.bitmask_of(packed.indices), bitmask)
     assert torch.equal(sparse24.indices_of(bitmask), packed.indices)
     again, same = unpack(S[mask], bitmask, tuple(S.shape))
     assert torch.equal(bits(again), bits(S))
@@ -67,7 +68,7 @@ def test_packed_and_back_bit_for_bit(m, quarters, dtype, seed):
 
 def test_the_layout_by_hand():
     S = torch.tensor([[1.0, 2, 0, 0, 0, 3, 0, 4], [0, 5, 6, 0, 7, 0, 0, 8]])
-    values, indices = sparse24.pack(S)
+    values, indices = packed24.pack(S)
     assert values.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     # Places (0, 1) and (1, 3); (1, 2) and (0, 3); the first in the lower two bits.
     assert indices.tolist() == [0b11_01_01_00, 0b11_00_10_01]
@@ -96,14 +97,14 @@ def test_all_six_groups_and_no_other():
 def test_it_is_the_layout_of_torchs_cutlass(dtype):
     S, mask = two_four(96, 192, dtype)
     values, meta = sparse_semi_structured_from_dense_cutlass(S)
-    packed = sparse24.pack(S, mask)
+    packed = packed24.pack(S, mask)
     assert torch.equal(packed.values, values)
     assert torch.equal(sparse24.cutlass_metadata(packed.indices, (96, 192)), meta)
 
 
 def test_a_matrix_with_fewer_weights_is_filled_up_with_zeros():
     S = torch.tensor([[0.0, 0, 0, 0, 0, 0, 3, 0]])
-    assert torch.equal(sparse24.unpack(sparse24.pack(S)), S)
+    assert torch.equal(packed24.unpack(packed24.pack(S)), S)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_matrix_with_fewer_weights_is_filled_up_with_zeros():
 )
 def test_what_is_not_two_four_is_named(weight, mask, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        sparse24.pack(weight, mask)
+        packed24.pack(weight, mask)
 
 
 def test_the_row_and_group_that_are_wrong():
@@ -230,7 +231,7 @@ def cores(monkeypatch):
         return sparse_semi_structured_to_dense_cutlass(packed, meta) @ x
 
     def compress(S):
-        packed = sparse24.pack(S)
+        packed = packed24.pack(S)
         return torch.cat((packed.values.flatten(), packed.indices.view(S.dtype)))
 
     def library(packed, x, bias=None, transpose_result=False, **_):
@@ -238,8 +239,8 @@ def cores(monkeypatch):
         n = x.shape[0]
         m = packed.numel() * 16 // 9 // n
         places = packed[m * n // 2 :].view(torch.uint8)
-        S = sparse24.Packed24(packed[: m * n // 2].view(m, -1), places)
-        y = sparse24.unpack(S) @ x
+        S = packed24.Packed24(packed[: m * n // 2].view(m, -1), places)
+        y = packed24.unpack(S) @ x
         y = y if bias is None else y + bias[:, None]
         return y.T.contiguous() if transpose_result else y
 

@@ -31,16 +31,8 @@ from slr.layer.product import dense, gradients, wants_operator
 from slr.layer.sparse24 import cutlass_metadata, indices_of
 
 __all__ = [
-    "BACKENDS",
-    "FEW",
-    "Choice",
-    "Machine",
-    "choose",
-    "few",
-    "machine",
-    "pack_for",
-    "sparse_cores",
-]
+    "BACKENDS", "FEW", "Choice", "Machine", "choose", "few", "machine", "pack_for", "sparse_cores",
+]  # fmt: skip
 
 BACKENDS = ("native", "cpu", "dense", "triton", "cutlass", "cusparselt")
 FEW = 16  # tokens up to which our own kernels are taken,
@@ -275,12 +267,7 @@ def _on_cores(
     return torch.nn.functional.linear(x.detach(), S, None if bias is None else bias.detach())
 
 
-@torch.library.custom_op("slr::sparse_cores", mutates_args=())
-def _cores(
-    x: Tensor, values: Tensor, bitmask: Tensor, form: Tensor, bias: Tensor | None, rows: int,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    return _on_cores(x, values, bitmask, form, bias, rows, backend)
+_cores = torch.library.custom_op("slr::sparse_cores", _on_cores, mutates_args=())
 
 
 @_cores.register_fake

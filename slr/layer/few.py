@@ -55,12 +55,7 @@ def _launch(
     return kernels.multiply(x, values, bitmask, B, A, bias)
 
 
-@torch.library.custom_op("slr::few_tokens", mutates_args=())
-def _few(
-    x: Tensor, values: Tensor, bitmask: Tensor, starts: Tensor | None, B: Tensor, A: Tensor,
-    bias: Tensor | None, two_four: bool, backend: str,
-) -> Tensor:  # fmt: skip
-    return _launch(x, values, bitmask, starts, B, A, bias, two_four, backend)
+_few = torch.library.custom_op("slr::few_tokens", _launch, mutates_args=())
 
 
 @_few.register_fake

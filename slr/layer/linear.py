@@ -106,11 +106,7 @@ class SLRLinear(Backed):
 
     @classmethod
     def from_refined(
-        cls,
-        refined: Refined,
-        bias: Tensor | None = None,
-        *,
-        pattern: str | Pattern | None = None,
+        cls, refined: Refined, bias: Tensor | None = None, *, pattern: str | Pattern | None = None
     ) -> SLRLinear:
         """The layer of a :class:`~slr.matrix.result.Refined` matrix.
 
@@ -153,15 +149,9 @@ class SLRLinear(Backed):
 
     @classmethod
     def placeholder(
-        cls,
-        shape: tuple[int, int],
-        rank: int,
-        kept: int,
-        bias: bool,
-        dtype: torch.dtype,
-        device: torch.device | str = "meta",
-        pattern: str | Pattern | None = None,
-    ) -> SLRLinear:
+        cls, shape: tuple[int, int], rank: int, kept: int, bias: bool, dtype: torch.dtype,
+        device: torch.device | str = "meta", pattern: str | Pattern | None = None,
+    ) -> SLRLinear:  # fmt: skip
         """A layer to be filled by a loader, which calls :meth:`check_` when it has."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)

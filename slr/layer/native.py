@@ -133,15 +133,9 @@ def _(x, values, bitmask, starts, B, A, bias):
 
 
 def spread_(
-    out: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    starts: Tensor | None,
-    rows: int,
-    top: int = 0,
-    *,
+    out: Tensor, values: Tensor, bitmask: Tensor, starts: Tensor | None, rows: int, top: int = 0, *,
     best: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """out ← rows of S from `top` on, unpacked, in place; returns `out`.
 
     Args:

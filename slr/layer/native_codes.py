@@ -6,7 +6,7 @@ They are in ``codes.cpp``, compiled with the others (:mod:`slr.layer.compiled`).
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,8 +107,8 @@ def multiply(
 
     Cost: reads codes and factors once for each 8 tokens, or 512 on matrix units.
     """
-    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept)
-    return OPERATOR(x, *parts) if best is None else _multiply(x, *parts, best)
+    parts = _parts(S, B, A, bias)
+    return OPERATOR(x, *parts) if best is None else _multiply(x, *parts, best=best)
 
 
 def by_rows(x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -116,8 +116,7 @@ def by_rows(x: Tensor, S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None
 
     Cost: 2 tokens (m n + k (m + n)) FLOPs, and unpacking S once.
     """
-    parts = (S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept)
-    return _operator_by_rows(x, *parts)
+    return _operator_by_rows(x, *_parts(S, B, A, bias))
 
 
 def most(dtype: torch.dtype, group: int, columns: int) -> int:
@@ -130,11 +129,13 @@ def most(dtype: torch.dtype, group: int, columns: int) -> int:
     return TILED if fits and dtype == torch.bfloat16 and native.tiled() else FEW
 
 
-def _multiply(
-    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, mask: Tensor | None,
-    starts: Tensor | None, B: Tensor, A: Tensor, bias: Tensor | None, bits: int, group: int,
-    kept: int, best: str | None = None,
-) -> Tensor:  # fmt: skip
+def _parts(S: CodedMatrix, B: Tensor, A: Tensor, bias: Tensor | None) -> tuple:
+    """What the operators take beside x."""
+    return S.planes, S.scale, S.zero, S.mask, S.starts, B, A, bias, S.bits, S.group, S.kept
+
+
+def _multiply(x: Tensor, *parts: Any, best: str | None = None) -> Tensor:
+    planes, scale, zero, mask, starts, B, A, bias, bits, group, kept = parts
     (m, k), n = B.shape, x.shape[-1]
     y = x.new_empty(*x.shape[:-1], m)
     x, B, A = (t.contiguous() for t in (x, B, A))
@@ -147,11 +148,8 @@ def _multiply(
     return y
 
 
-def _by_rows(
-    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, mask: Tensor | None,
-    starts: Tensor | None, B: Tensor, A: Tensor, bias: Tensor | None, bits: int, group: int,
-    kept: int,
-) -> Tensor:  # fmt: skip
+def _by_rows(x: Tensor, *parts: Any) -> Tensor:
+    planes, scale, zero, mask, starts, B, A, bias, bits, group, kept = parts
     m, n = len(B), x.shape[-1]
     S = CodedMatrix((m, n), bits, planes, kept, scale, zero, group, mask, starts)
     flat = x.reshape(-1, n)

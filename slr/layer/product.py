@@ -105,11 +105,7 @@ def _multiply(
     return y
 
 
-@torch.library.custom_op("slr::sparse_linear", mutates_args=())
-def _linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, rows: int, two_four: bool
-) -> Tensor:
-    return _multiply(x, values, bitmask, bias, rows, two_four)
+_linear = torch.library.custom_op("slr::sparse_linear", _multiply, mutates_args=())
 
 
 @_linear.register_fake
@@ -167,9 +163,7 @@ def _unpack(values: Tensor, bitmask: Tensor, rows: int, columns: int, two_four: 
     return S
 
 
-@torch.library.custom_op("slr::dense", mutates_args=())
-def _dense(values: Tensor, bitmask: Tensor, rows: int, columns: int, two_four: bool) -> Tensor:
-    return _unpack(values, bitmask, rows, columns, two_four)
+_dense = torch.library.custom_op("slr::dense", _unpack, mutates_args=())
 
 
 @_dense.register_fake

@@ -17,39 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slr.layer.bits import pack_mask
-from slr.matrix.checks import check_mask, check_matrix
 from slr.matrix.patterns import NM
 
-__all__ = [
-    "Packed24",
-    "bitmask_of",
-    "check_two_four",
-    "cutlass_metadata",
-    "expand_",
-    "indices_of",
-    "is_two_four",
-    "pack",
-    "unpack",
-]
+__all__ = ["check_two_four", "cutlass_metadata", "expand_", "indices_of", "is_two_four", "look_up"]
 
 TWO_FOUR = NM(2, 4)
 # The two kept places of a group, by its four bits (place j is bit j); none if it keeps not two.
 PLACES = [tuple(j for j in range(4) if bits >> j & 1) for bits in range(16)]
 CODES = [p[0] | p[1] << 2 if len(p) == 2 else 0 for p in PLACES]  # 4 bits -> two 2-bit places
 ALL, LOW, HIGH = -1, 0xFFFFFFFF, -1 << 32
-
-
-class Packed24(NamedTuple):
-    """A 2:4 matrix (m, n) as `values` (m, n / 2) and `indices` (⌈m n / 8⌉,)."""
-
-    values: Tensor
-    indices: Tensor
 
 
 @cache
@@ -59,7 +39,14 @@ def _bytes(entries: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(both, dtype=torch.uint8, device=device)
 
 
-def _look_up(table: list[int], codes: Tensor) -> Tensor:
+def look_up(table: list[int], codes: Tensor) -> Tensor:
+    """Both halves of every byte, each by a table of 16 entries of 4 bits: uint8, same shape.
+
+    Cost: one look-up a byte.
+
+    >>> hex(int(look_up([15 - i for i in range(16)], torch.tensor(0x2F, dtype=torch.uint8))))
+    '0xd0'
+    """
     return _bytes(tuple(table), codes.device)[codes.int()]
 
 
@@ -71,24 +58,12 @@ def indices_of(bitmask: Tensor) -> Tensor:
     >>> [bin(int(x)) for x in indices_of(torch.tensor([0b1010_0011], dtype=torch.uint8))]
     ['0b11010100']
     """
-    return _look_up(CODES, bitmask)
-
-
-def bitmask_of(indices: Tensor) -> Tensor:
-    """The inverse of :func:`indices_of`.
-
-    Cost: one look-up a byte.
-
-    >>> [bin(int(x)) for x in bitmask_of(torch.tensor([0b1101_0100], dtype=torch.uint8))]
-    ['0b10100011']
-    """
-    masks = [1 << (c & 3) | 1 << (c >> 2) if c & 3 < c >> 2 else 0 for c in range(16)]
-    return _look_up(masks, indices)
+    return look_up(CODES, bitmask)
 
 
 def _groups(bitmask: Tensor, count: int) -> Tensor:
     """How many of its four every group keeps: uint8 (count,)."""
-    kept = _look_up([len(p) for p in PLACES], bitmask)
+    kept = look_up([len(p) for p in PLACES], bitmask)
     return torch.stack((kept & 15, kept >> 4), 1).flatten()[:count]
 
 
@@ -124,53 +99,6 @@ def check_two_four(bitmask: Tensor, shape: tuple[int, int]) -> None:
             f"row {row}, columns {4 * group} to {4 * group + 3}: {int(kept[wrong[0]])} weights "
             "are kept; 2:4 keeps exactly 2 of every 4"
         )
-
-
-def pack(weight: Tensor, mask: Tensor | None = None) -> Packed24:
-    """A 2:4 matrix as values and 2-bit places.
-
-    Args:
-        weight: (m, n), any float dtype and device, n divisible by 4.
-        mask: bool (m, n), exactly 2 of every 4; by default where `weight` is not zero, and zeros
-            up to two a group.
-
-    Raises:
-        ValueError: not 2:4; the first row and group that are not, by number.
-
-    Cost: a few passes.
-
-    >>> values, indices = pack(torch.tensor([[0.0, 5.0, 0.0, 6.0]]))
-    >>> values.tolist(), bin(int(indices))
-    ([[5.0, 6.0]], '0b1101')
-    """
-    check_matrix("weight", weight)
-    m, n = weight.shape
-    if n % 4:
-        raise ValueError(f"2:4 needs columns divisible by 4, but there are {n}")
-    if mask is None:
-        some = weight != 0
-        mask = TWO_FOUR.select(some.float()) | some
-    check_mask(mask, weight)
-    bits = pack_mask(mask)
-    check_two_four(bits, (m, n))
-    if bool(weight[~mask].any()):
-        raise ValueError("weight is not zero off the mask")
-    return Packed24(weight[mask].view(m, n // 2), indices_of(bits))
-
-
-def unpack(packed: Packed24) -> Tensor:
-    """The inverse of :func:`pack`: (m, n), bit for bit.
-
-    Cost: a few passes.
-
-    >>> unpack(pack(torch.tensor([[0.0, 5.0, 0.0, 6.0]]))).tolist()
-    [[0.0, 5.0, 0.0, 6.0]]
-    """
-    values, indices = packed
-    m, half = values.shape
-    S = values.new_empty(m, 2 * half)
-    expand_(S, values.reshape(-1), bitmask_of(indices))
-    return S
 
 
 @cache
