@@ -94,7 +94,8 @@ def compress(
 ) -> None:
     """Compress a model into a new folder; a stopped run goes on when called again.
 
-    With no option but --out: the best that there is, with the calibration text that comes along.
+    With no option but --out: 2:4, its mask by ADMM, and a low-rank part, calibrated on the text
+    that comes along.
     """
     options = opt.given(
         prune=prune, pattern=pattern, group=group, refine=refine, rank=rank, rank_ratio=rank_ratio,

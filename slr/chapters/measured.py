@@ -40,6 +40,8 @@ SHOWN = {
     "ours int4": "int4 and low rank",
     "plain int3 by 32": "int3, rounded",
     "ours int3": "int3 and low rank",
+    "ours 50% and int4": "50%, int4 and low rank",
+    "ours 2:4 and int8": "2:4, int8 and low rank",
     "Wanda 2:4": "2:4, Wanda",
     "SparseGPT 2:4": "2:4, SparseGPT",
     "paper Wanda 2:4": "2:4, Wanda, Algorithm 1",

@@ -1,7 +1,7 @@
 """The league: every method at the bytes that it takes.
 
 Rows of a table (:class:`slr.evaluate.tables.Spec`) whose cells say what they weigh.  A row is on
-the *frontier* if no other is as small or smaller and better.  Book: chapter 18.
+the *frontier* if no other is as small or smaller and better.  Book: chapter 19.
 """
 
 from __future__ import annotations
