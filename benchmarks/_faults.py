@@ -161,7 +161,7 @@ MODELS = [
           ("return torch.cat(found).view(len(ids), -1).mean(1)",
            "return torch.cat(found).view(len(ids), -1)[:, : ids.shape[1] // 2].mean(1)")),
     fault("the first windows instead of a spread", (1,), "model/data.py",
-          ("return windows[[i * count // limit for i in range(limit)]]",
+          ("return windows[[(i * count + first) // limit for i in range(limit)]]",
            "return windows[:limit]")),
     fault("blocks calibrated on what dense ones put out", (9,), "model/blocks.py",
           ('        yield index, f"{name}.{index}", block\n        for each in inputs:\n'
