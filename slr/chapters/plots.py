@@ -262,7 +262,7 @@ def league_panels(found: Sequence[Place], most: float = 8.0) -> Figure:
 def _label(
     axes: Axes, names: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]
 ) -> None:
-    """Write names beside points, each at the first place where it covers neither name nor point."""
+    """Write names beside points, each at the first place inside where it covers nothing."""
     from matplotlib.transforms import Bbox
 
     middles = axes.transData.transform(points)
@@ -275,7 +275,8 @@ def _label(
                     fontsize=7,
                 )  # fmt: skip
                 box = text.get_window_extent()
-                if not any(box.overlaps(other) for other in taken):
+                inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+                if inside and not any(box.overlaps(other) for other in taken):
                     break
                 text.remove()
             else:
