@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slr import tiny
 from slr.layer.linear import SLRLinear
-from slr.matrix import accounting, lowrank, patterns, pcp, statistics, steps
-from slr.matrix.accounting import matrix_account
+from slr.matrix import lowrank, patterns, pcp, statistics, steps
 from slr.matrix.metric import Diagonal, Gram, Identity
 from slr.matrix.patterns import NM, Unstructured
 from slr.matrix.pruning import Pruned, prune
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from slr.methods.cap.system import CAP
     from slr.methods.losparse.system import LoSparse
     from slr.model import data
+    from slr.model.account import matrix_account
     from slr.model.block import LayerReport
     from slr.model.calibrate import observe
     from slr.model.recipe import Recipe
@@ -61,6 +61,7 @@ LATER = {
     "export": "checkpoint.exporting",
     "load": "checkpoint.folder",
     "load_tokenizer": "checkpoint.folder",
+    "matrix_account": "model.account",
     "model_account": "checkpoint.sizes",
     "observe": "model.calibrate",
     "perplexity": "evaluate.likelihood",
@@ -86,7 +87,6 @@ __all__ = [
     "Refined",
     "SLRLinear",
     "Unstructured",
-    "accounting",
     "allocate",
     "checkpoint_account",
     "compile_options",

@@ -20,6 +20,7 @@ from slr import measurements, reports
 from slr.checkpoint import conversion
 from slr.checkpoint.exporting import FORMS
 from slr.checkpoint.folder import about, context, load_tokenizer, resolve
+from slr.checkpoint.recipes import check_new, write_config
 from slr.checkpoint.sizes import Summary, megabytes
 from slr.console import Commands, as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
@@ -102,7 +103,7 @@ def compress(
         iterations=iterations, schedule=schedule, tolerance=tolerance,
         update_mask=opt.mask_anew(update_mask, admm), asymmetric=asymmetric, tune=tune,
         values=values, factors=factors, skip=skip, samples=samples, seqlen=seqlen, seed=seed,
-        overrides=dict(map(opt.parse_override, override or [])) or None,
+        overrides=opt.overrides_of(override or []) or None,
     )  # fmt: skip
     recipe = opt.recipe_of(method, opt.given(budget=budget, steps=steps), options, config, preset)
     where, source = opt.device_of(device), reports.folder_of(model)
@@ -145,12 +146,12 @@ def allocate_(
     )  # fmt: skip
     recipe, where = opt.recipe_of(None, {}, options, config, preset), opt.device_of(device)
     assert isinstance(recipe, Recipe)
-    opt.check_new(out)
+    check_new(out)
     reports.folder_of(model)
     say(f"{model} -> {out}: {by}, on {where}")
     found = slr.allocate(model, recipe, by, calibration=calibration, device=where)
     if distributed.rank() == 0:
-        opt.write_config(out, found)
+        write_config(out, found)
         print(table(reports.allotted(found.overrides)))
 
 

@@ -133,5 +133,7 @@ class Commands(TyperGroup):
         if code == 130:
             name = next(iter(sys.argv[1:] if args is None else args), None)
             again = "stopped; the same command, given again, goes on"
+            if "--fresh" in (sys.argv[1:] if args is None else args):
+                again = "stopped; the same command, given again without --fresh, goes on"
             fail(again if name in GOES_ON else "stopped", 130)
         raise SystemExit(code or 0)

@@ -15,6 +15,7 @@ from slr import reports
 from slr.checkpoint.named import default_text
 from slr.console import as_json, say
 from slr.console import table as columns_of
+from slr.matrix.checks import check_choice
 
 __all__ = ["PASSED_ON", "bench", "benchmarks", "league", "reproduce"]
 
@@ -167,7 +168,6 @@ def bench(
         print("slr bench NAME [its own options; --help shows them]\n")
         print(columns_of(list(names.items())))
         return
-    if name not in names:
-        raise ValueError(f"benchmark {name!r} is unknown; it must be one of {', '.join(names)}")
+    check_choice("benchmark", name, names)
     sys.argv = [f"benchmarks/{name}.py", *context.args]
     runpy.run_module(f"slr.benchmarks.{name}", run_name="__main__")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 
-from slr.checkpoint.atomic import write_text
 from slr.checkpoint.gguf_export import OUTTYPES
+from slr.checkpoint.recipes import read_config
+from slr.matrix.checks import check_choice
 from slr.matrix.pruners import PRUNERS
 from slr.matrix.refinement import SCHEDULES
 from slr.matrix.steps import REPAIRS
@@ -24,16 +24,14 @@ __all__ = [
     "DTYPES",
     "MODEL",
     "SYSTEMS",
-    "check_new",
     "device_of",
     "dtype_of",
     "given",
     "mask_anew",
+    "overrides_of",
     "parse_override",
-    "read_config",
     "recipe_of",
     "refuse",
-    "write_config",
 ]
 
 SYSTEMS: dict[str, type[System]] = {"cap": CAP, "losparse": LoSparse}
@@ -223,8 +221,7 @@ def dtype_of(name: str) -> torch.dtype:
     Raises:
         ValueError: none of :data:`DTYPES`.
     """
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown; it must be one of {', '.join(DTYPES)}")
+    check_choice("dtype", name, DTYPES)
     return getattr(torch, name)
 
 
@@ -276,6 +273,15 @@ def recipe_of(
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; it must be one of {', '.join(PRESETS)}")
     more = read_config(config) if config else {}
+    if "overrides" not in options:
+        own = {name for each in (more.get("overrides") or {}).values() for name in each}
+        for name in sorted(own & set(options)):
+            warnings.warn(
+                f"{name}={options[name]!r} is for the layers that the overrides of {config} leave "
+                "as they are; they say it themselves for others",
+                UserWarning,
+                stacklevel=2,
+            )
     return Recipe(**{**PRESETS[preset or "best"], **more, **options})
 
 
@@ -295,50 +301,26 @@ def parse_override(text: str) -> tuple[str, dict]:
         if not equals:
             raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
         kinds = {"rank": int, "iterations": int, "rank_ratio": float, "tolerance": float}
-        found[key.strip()] = kinds.get(key.strip(), _word)(value)
+        try:
+            found[key.strip()] = kinds.get(key.strip(), _word)(value)
+        except ValueError:
+            raise ValueError(f"override {text!r}: {key} is {value!r}, which is no number") from None
     if not name or not found:
         raise ValueError(f"override {text!r} is not NAME:option=value,option=value")
     return name, found
 
 
+def overrides_of(texts: list[str]) -> dict[str, dict]:
+    """The overrides of some short forms; those of one name together, of which the later count.
+
+    >>> overrides_of(["*.o_proj:rank=3", "*.o_proj:pattern=1:4"])
+    {'*.o_proj': {'rank': 3, 'pattern': '1:4'}}
+    """
+    found: dict[str, dict] = {}
+    for name, options in map(parse_override, texts):
+        found[name] = {**found.pop(name, {}), **options}
+    return found
+
+
 def _word(value: str) -> str | bool:
     return {"true": True, "false": False}.get(value, value)
-
-
-def check_new(file: Path) -> None:
-    """Raise ValueError unless a recipe can be written there, and nothing is there yet."""
-    if file.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"recipe {str(file)!r} must end with .yaml")
-    if file.exists():
-        raise ValueError(f"recipe {file} is there already; give another name, or remove it")
-    if not file.parent.is_dir():
-        raise ValueError(f"recipe {file}: there is no folder {file.parent}")
-
-
-def write_config(file: Path, recipe: Recipe) -> None:
-    """Write a recipe as :func:`read_config` reads it."""
-    told = {k: v for k, v in recipe.as_dict().items() if v not in (None, [], {})}
-    write_text(file, yaml.safe_dump(told, sort_keys=False))
-
-
-def read_config(file: str | Path) -> dict:
-    """Options of a recipe from a YAML or JSON file: the arguments of :class:`Recipe`.
-
-    Raises:
-        ValueError: no such file, or one that does not hold a mapping of them.
-    """
-    try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {str(file)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {file} is not YAML: {error}") from None
-    known = list(inspect.signature(Recipe).parameters)
-    if not isinstance(found, dict):
-        raise ValueError(f"config {file} holds no options; it must say, say, 'prune: wanda'")
-    for name in found:
-        if name not in known:
-            raise ValueError(
-                f"config {file}: {name!r} is no option; it must be one of {', '.join(known)}"
-            )
-    return found

@@ -13,7 +13,7 @@ from slr.checkpoint import named
 from slr.checkpoint.cards import beaten, far
 from slr.checkpoint.estimates import Estimate, estimate
 from slr.checkpoint.folder import about, resolve
-from slr.checkpoint.sizes import Summary, megabytes
+from slr.checkpoint.sizes import Summary, megabytes, shown
 from slr.checkpoint.work import look
 from slr.console import as_json, measured_rows, say, table
 from slr.evaluate.origin import provenance
@@ -21,6 +21,7 @@ from slr.layer import native
 from slr.matrix.patterns import parse
 from slr.methods.system import System
 from slr.model import distributed
+from slr.model.choices import CALLED
 from slr.model.recipe import Recipe
 
 LARGE = 50  # MB of a model whose compression is worth an estimate that is not asked for
@@ -118,11 +119,7 @@ def told(recipe: Recipe | System) -> str:
     """A recipe in a few words."""
     if isinstance(recipe, System):
         return f"{recipe.name}, {recipe.budget:g} of the parameters"
-    repair = {
-        "none": "no repair", "svd": "SVD repair", "eora": "EoRA repair", "oats": "OATS",
-        "slim": "SLiM-LoRA", "hassle": "HASSLE-free", "3basil": "3BASiL",
-    }  # fmt: skip
-    after = repair.get(str(recipe.refine), f"refined by {recipe.refine}")
+    after = {"none": "no repair", **CALLED}.get(str(recipe.refine), f"refined by {recipe.refine}")
     before = "" if recipe.prepare == "none" else f"{recipe.prepare}, "
     values = getattr(recipe.refine, "values", None)
     chosen = f"{recipe.prune} {recipe.pattern}" if recipe.pattern.density < 1 else "nothing pruned"
@@ -183,8 +180,5 @@ def describe(notes: dict, found: Summary, size: float) -> None:
     for kind, row in found.kinds.items():
         low, high = row["ranks"][0], row["ranks"][-1]
         span = str(low) if low == high else f"{low}-{high}"
-        output = "" if row["output_error"] is None else f"{row['output_error']:.4f}"
-        print(
-            f"{kind:<12} {row['number']:>6} {span:>9} {row['pruned_error']:>8.4f} "
-            f"{row['error']:>8.4f} {output:>8}"
-        )
+        errors = (f"{shown(row[key]):>8}" for key in ("pruned_error", "error", "output_error"))
+        print(f"{kind:<12} {row['number']:>6} {span:>9} {' '.join(errors)}")

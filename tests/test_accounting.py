@@ -3,8 +3,8 @@ import torch
 
 import slr
 from slr.checkpoint.sizes import checkpoint_account, model_account
-from slr.matrix import accounting
-from slr.matrix.accounting import matrix_account
+from slr.model import account
+from slr.model.account import matrix_account
 
 
 def test_llama_7b_by_the_papers_rule():
@@ -29,8 +29,7 @@ def test_formats_by_hand():
     m, n, k = 64, 128, 4
     factors = k * (m + n)
     by = {
-        s: matrix_account((m, n), "2:4", k, storage=s).bytes - 2 * factors
-        for s in accounting.FORMATS
+        s: matrix_account((m, n), "2:4", k, storage=s).bytes - 2 * factors for s in account.FORMATS
     }
     assert by["dense"] == m * n * 2
     assert by["bitmask"] == m * n / 2 * 2 + m * n / 8

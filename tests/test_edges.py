@@ -78,7 +78,18 @@ ABOUT = {
     f"{Q}: 'shape' is [64]; it must be two sizes": layer(shape=[64]),
     f"{Q}: 'kept' is -1; it must be a whole number": layer(kept=-1),
     f"{Q}: 'bias' is 1; it must be true or false": layer(bias=1),
-    f"{Q}: 'error' is None; it must be a number": layer(error=None),
+    f"{Q}: 'error' is 'x'; it must be a number or null": layer(error="x"),
+    f"{Q}: 'pattern': pattern '2-4' is neither": layer(pattern="2-4"),
+    f"{Q}: 'grid': rounding 'int99' is unknown": layer(grid="int99"),
+    f"{Q} has 'factors' but no 'grid'": layer(factors="int8"),
+    "'layers' is {}; it must be a mapping of at least one layer": with_(layers={}),
+    "'calibration' lacks 'text'": with_(calibration={}),
+    "'measured' is 'x'; it must be a mapping": with_(measured="x"),
+    "'measured' lacks 'text'": with_(measured={}),
+    "'perplexity' is {'dense': 'x'}; it must be numbers": with_(
+        measured={"text": "t", "windows": 1, "seqlen": 2, "perplexity": {"dense": "x"}}
+    ),
+    "'tuned' lacks 'passes'": with_(tuned={}),
 }
 
 
@@ -136,7 +147,7 @@ def test_a_configuration_of_which_no_model_can_be_made(small, tmp_path, change):
     for arguments in (
         ["eval", folder, *options],
         ["eval", folder, "--stream", *options],
-        ["compress", folder, "--out", tmp_path / "y", "--samples", 2, "--iterations", 1],
+        ["compress", folder, "--out", tmp_path / "y", "--samples", 2, "--iterations", 2],
     ):
         if "max_position_embeddings" in change and arguments[0] == "eval":
             arguments = [a for a in arguments if a not in ("--seqlen", 16)]
@@ -191,7 +202,7 @@ def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(small, tmp_path, monke
     for arguments in (
         ["eval", folder, "--limit", 1],
         ["eval", folder, "--limit", 1, "--stream"],
-        ["compress", folder, "--out", tmp_path / "y", "--samples", 2, "--iterations", 1],
+        ["compress", folder, "--out", tmp_path / "y", "--samples", 2, "--iterations", 2],
         ["eval", tmp_path / "y", "--limit", 1],
     ):
         if known:

@@ -223,3 +223,41 @@ with Journal({str(tmp_path / "out")!r}, {{}}) as journal:
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     with Journal(tmp_path / "out", {}) as journal:
         assert "one.safetensors" in journal
+
+
+def test_starting_over_forgets_what_was_remembered(tmp_path):
+    with suppress(KeyboardInterrupt), Journal(tmp_path / "out", {"a": 1}) as journal:
+        journal.add("one.safetensors", {"x": torch.ones(3)})
+        journal.remember(measured=17)
+        raise KeyboardInterrupt
+    with Journal(tmp_path / "out", {"a": 2}, resume=False, memory={"b": 3}) as journal:
+        assert journal.memory == {"b": 3}
+        journal.add("one.safetensors", {"x": torch.ones(3)})
+        journal.finish("{}")
+
+
+def test_how_to_start_over_is_told(tmp_path):
+    begun(tmp_path / "out", {"a": 1})
+    with (
+        pytest.raises(ValueError, match=r"start over by removing .*out\.partial"),
+        Journal(tmp_path / "out", {"a": 2}),
+    ):
+        pass
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_a_room_for_small_files_is_emptied_after_a_kill(tmp_path):
+    with suppress(KeyboardInterrupt), Journal(tmp_path / "out", {}) as journal:
+        journal.add("one.safetensors", {"x": torch.ones(3)})
+        (journal.room() / "left.json").write_text("{}")
+        raise KeyboardInterrupt
+    with Journal(tmp_path / "out", {}) as journal:
+        assert not list(journal.room().iterdir())
+        journal.finish("{}")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_folder_one_is_in_is_no_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the folder you are in"):
+        Journal(".", {})

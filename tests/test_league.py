@@ -179,3 +179,47 @@ def test_a_row_may_be_allocated(small, tmp_path):
     (tmp_path / "wrong.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match="pattern 2:4 fixes it"):
         Spec.read(str(tmp_path / "wrong.json"))
+
+
+def test_a_seed_alone_is_shown_and_texts_are_not_mixed(table, tmp_path):
+    spec, _ = table
+    drawn, into = seeded(spec, tmp_path, 5)
+    reproduce(drawn, into, rows=["half"])
+    assert [place.name for place in places(spec, tmp_path)] == ["half"]
+    second = tmp_path / "second.txt"
+    second.write_text("def f(x):\n    return x + 1\n" * 60)
+    reproduce(spec, tmp_path, rows=["dense", "rounded/*"])
+    reproduce(spec, tmp_path, rows=["dense"], text=str(second))
+    found = places(spec, tmp_path, "second.txt")
+    assert [p.name for p in found if p.frontier] == ["dense"]
+    third = tmp_path / "third.txt"
+    third.write_text("for i in range(3):\n    print(i)\n" * 60)
+    reproduce(spec, tmp_path, rows=["dense"], text=str(third))
+    told = json.loads((tmp_path / "dense" / "dense.json").read_text())
+    assert sorted(told["also"]) == ["second.txt", "third.txt"]
+    with pytest.raises(ValueError, match="is the table's own"):
+        reproduce(spec, tmp_path, rows=["dense"], text="embedded")
+    (tmp_path / "seed-5" / "half" / "dense.json").write_text("{")
+    with pytest.raises(ValueError, match=r"half.dense\.json"):
+        places(spec, tmp_path)
+
+
+def test_each_row_has_its_own_windows(small, tmp_path):
+    entries = {
+        name: {"prune": "wanda", "refine": "none", "samples": samples, "seed": samples}
+        for name, samples in (("few", 2), ("many", 4))
+    }
+    own = {**SPEC, "model": str(small), "rounded": [], "entries": entries}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    reproduce(Spec.read(str(tmp_path / "own.json")), tmp_path / "cells", rows=["few", "many"])
+    for name, samples in (("few", 2), ("many", 4)):
+        told = json.loads((tmp_path / "cells" / name / "dense.json").read_text())
+        assert told["what"]["calibration"]["windows"] == samples
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(table, tmp_path, monkeypatch):
+    spec, _ = table
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("slr.evaluate.reproduction.measure", None)
+    with pytest.raises(ValueError, match="Not a directory"):
+        reproduce(spec, tmp_path / "file", rows=["dense"])

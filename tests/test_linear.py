@@ -428,3 +428,49 @@ def test_a_dense_layer_becomes_a_compressed_one():
     ):
         with pytest.raises(ValueError, match=says):
             slr.SLRLinear.from_linear(linear, **options)
+
+
+def _layer(bias=None, dtype=torch.float32, like=torch.float32):
+    gen = torch.Generator().manual_seed(0)
+    S, B, A = (torch.randn(s, generator=gen) for s in ((8, 16), (8, 2), (2, 16)))
+    S = S * (S.abs() > 0.5)
+    return slr.SLRLinear(S.to(dtype), B.to(like), A.to(like), bias)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "like", "bias"),
+    [
+        (torch.bfloat16, torch.float32, None),
+        (torch.float32, torch.bfloat16, None),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+    ],
+)
+def test_parts_of_another_dtype_are_refused_and_never_read_as_they_are_not(dtype, like, bias):
+    bias = None if bias is None else torch.zeros(8, dtype=bias)
+    with pytest.raises(ValueError, match="all parts of a layer must be alike"):
+        _layer(bias, dtype, like)
+
+
+def test_parts_that_change_their_dtype_later_are_an_error_too():
+    layer = _layer()
+    state = {k: v.bfloat16() if k in "BA" else v for k, v in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="all parts of a layer must be alike"):
+        layer.load_state_dict(state, assign=True)
+    layer = _layer(torch.zeros(8))
+    for part in (layer.B, layer.bias):
+        was, part.data = part.data, part.data.bfloat16()
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match=r"dtype|but a part"):
+            layer(torch.randn(1, 16))
+        part.data = was
+    assert layer(torch.randn(1, 16)).isfinite().all()
+
+
+def test_a_bias_that_is_not_contiguous():
+    bias = torch.arange(16.0)[::2]
+    layer, x = _layer(bias), torch.ones(1, 16)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), linear(x, layer.dense(), bias), rtol=1e-4, atol=1e-4)
+        layer.bias.data = bias + 1
+        layer.bias.data = torch.stack([bias + 1, bias], 1)[:, 0]
+        assert not layer.bias.is_contiguous()
+        assert torch.allclose(layer(x), linear(x, layer.dense(), bias + 1), rtol=1e-4, atol=1e-4)

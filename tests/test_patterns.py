@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import select_slowly
@@ -95,3 +96,10 @@ def test_a_pattern_may_keep_nothing(name):
 def test_bad_patterns_are_named(call, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         call()
+
+
+def test_a_name_is_read_to_its_end_and_a_number_is_plain():
+    with pytest.raises(ValueError, match="neither n:m"):
+        parse("0.5 by matrixfoo")
+    assert parse("0.5 by matrix") == Unstructured(0.5, "matrix")
+    assert str(Unstructured(np.float64(0.5))) == "0.5"

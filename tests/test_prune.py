@@ -67,3 +67,46 @@ def test_random_follows_the_generator():
 def test_bad_input_is_named(arguments, options, error, says):
     with pytest.raises(error, match=re.escape(says)):
         slr.prune(*arguments, **options)
+
+
+def test_float64_is_compared_in_float64():
+    tiny = torch.tensor([[4e-50, 3e-50, 2e-50, 1e-50]], dtype=torch.float64)
+    near = torch.tensor([[1 + 3e-9, 1 + 2e-9, 1 + 1e-9, 1]], dtype=torch.float64)
+    for weight in (tiny, near):
+        for method in ("magnitude", "wanda"):
+            kept = slr.prune(weight, method, "2:4", activation_norm=torch.ones(4)).mask
+            assert kept.tolist() == [[True, True, False, False]]
+    large = torch.tensor([[1e300, 1e200, 3e300, 2e300]], dtype=torch.float64)
+    kept = slr.prune(large, "sparsegpt", "2:4", gram=torch.eye(4))
+    assert kept.mask.tolist() == [[False, False, True, True]]
+    assert torch.allclose(kept.weight[kept.mask], large[kept.mask])
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_sparsegpt_is_the_same_in_any_unit_of_the_inputs(unit):
+    gen = torch.Generator().manual_seed(0)
+    W, X = torch.randn(16, 16, generator=gen), torch.randn(16, 64, generator=gen)
+    X[3] = 0  # an input that is never there
+    one, other = (slr.prune(W, "sparsegpt", "2:4", gram=X @ X.T * u) for u in (1.0, unit))
+    assert torch.equal(one.mask, other.mask)
+    assert torch.allclose(one.weight, other.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda W: slr.prune(W.to(torch.float8_e4m3fn), "magnitude", "2:4"), "of 16 bits or more"),
+        (lambda W: slr.prune(W, "wanda", "2:4", activation_norm=[1.0] * 4), "is a list"),
+        (lambda W: slr.Diagonal([1.0, 2.0]), "scale is a list; it must be a torch.Tensor"),
+        (lambda W: slr.Gram([[1.0]]), "gram is a list; it must be a torch.Tensor"),
+        (lambda W: slr.Gram(torch.eye(2), damping="1"), "damping is '1'; it must be a number"),
+        (lambda W: slr.svd_repair(W, None, 1), "mask is NoneType; it must be a boolean tensor"),
+        (lambda W: slr.Unstructured("0.5"), "sparsity is '0.5'; it must be a number"),
+        (lambda W: slr.NM(1.5, 4), "n is 1.5; it must be an integer"),
+        (lambda W: slr.Recipe(rank_ratio="4"), "rank_ratio is '4'; it must be a number"),
+        (lambda W: slr.Recipe(tolerance="4"), "tolerance is '4'; it must be a number"),
+    ],
+)
+def test_another_type_is_named(call, says):
+    with pytest.raises(TypeError, match=re.escape(says)):
+        call(torch.ones(4, 4))

@@ -1,11 +1,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 import slr
+from slr.checkpoint.recipes import read_config
 from slr.matrix.statistics import GramStatistic, NormStatistic
-from slr.options import read_config
+from slr.options import overrides_of, recipe_of
 
 NAME = "model.layers.3.self_attn.q_proj"
 
@@ -201,3 +203,53 @@ def test_dense_pattern_is_called_so_and_has_no_mask_to_choose():
 def test_dense_pattern_refuses_what_does_nothing(options, message):
     with pytest.raises(ValueError, match=message):
         slr.Recipe(pattern="dense", **options)
+
+
+@pytest.mark.parametrize(
+    ("whole", "layer", "left"),
+    [
+        ({"prune": "magnitude"}, {"values": "int4 by 64"}, {"schedule": "paper"}),
+        ({}, {"pattern": "dense", "values": "int4 by 64"}, {"update_mask": False}),
+        (
+            {"pattern": "dense", "values": "int4 by 64"},
+            {"pattern": "2:4", "values": None},
+            {"factors": None},
+        ),
+    ],
+)
+def test_an_override_drops_what_it_makes_void(whole, layer, left):
+    recipe = slr.Recipe(**whole, overrides={"*.q_proj": layer})
+    found = recipe.layer("model.layers.0.self_attn.q_proj", 64).refine.options()
+    assert {name: found[name] for name in left} == left
+    assert slr.Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_numbers_of_numpy_and_grids_become_plain():
+    recipe = slr.Recipe(
+        rank=np.int64(4), iterations=np.int32(9), samples=np.int64(2), seed=np.int64(3),
+        overrides={"*.q_proj": {"values": slr.Grid(4, 64), "rank": np.int64(2)}},
+    )  # fmt: skip
+    assert slr.Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    with pytest.raises(ValueError, match="seed is"):
+        slr.Recipe(seed=2**70)
+
+
+def test_a_file_may_say_two_four_as_one_writes_it(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("pattern: 2:4\nrank: 4\ntolerance: 1e-3\nadmm: no\n".replace("admm: no\n", ""))
+    assert read_config(file) == {"pattern": "2:4", "rank": 4, "tolerance": 1e-3}
+    assert slr.Recipe(**read_config(file)).pattern == slr.NM(2, 4)
+
+
+def test_overrides_of_one_name_are_merged_and_numbers_are_numbers(tmp_path):
+    given = ["*.o_proj:rank=3", "*.q_proj:rank=2", "*.o_proj:pattern=1:4"]
+    assert overrides_of(given) == {
+        "*.q_proj": {"rank": 2},
+        "*.o_proj": {"rank": 3, "pattern": "1:4"},
+    }
+    with pytest.raises(ValueError, match="rank is 'abc', which is no number"):
+        overrides_of(["*.o_proj:rank=abc"])
+    file = tmp_path / "own.yaml"
+    file.write_text("overrides:\n  '*.o_proj':\n    pattern: 1:4\n")
+    with pytest.warns(UserWarning, match="pattern='0.5' is for the layers that the overrides"):
+        recipe_of(None, {}, {"pattern": "0.5"}, file)

@@ -481,3 +481,19 @@ def test_what_is_given_is_looked_at_once(monkeypatch):
         monkeypatch.setattr(f"slr.matrix.{name}.check_finite", scan, raising=False)
     slr.prune(realistic(32, 64), "sparsegpt", "2:4", gram=torch.eye(64))
     assert count == ["weight", "gram"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mask": None, "grid": "int4"}, "needs a mask to start from"),
+        ({"iterations": 1}, "it must be at least 2"),
+        ({"update_mask": "nonsense"}, "neither n:m"),
+        ({"search_dtype": torch.int8, "update_mask": None}, "search_dtype is torch.int8"),
+    ],
+)
+def test_a_mask_is_chosen_anew_or_the_call_is_refused(options, says):
+    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    given = {"mask": W.abs() > 0.5, "update_mask": "2:4", "search": "score", **options}
+    with pytest.raises(ValueError, match=says):
+        slr.refine(W, given.pop("mask"), 1, metric=slr.Gram(torch.eye(8)), **given)

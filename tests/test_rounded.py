@@ -220,7 +220,7 @@ def coded_matrix(m, n, grid, mask, seed=0):
 def test_every_instruction_set_reads_codes_alike(
     m, n, bits, group, symmetric, mask, rank, tokens, bias, seed
 ):
-    S, dense = coded_matrix(m, n, Grid(bits, group, symmetric), mask, seed)
+    S, dense = coded_matrix(m, n, Grid(bits, group, symmetric or group is None), mask, seed)
     for best in SETS[: library().best + 1]:
         rows = native_codes.rows_(torch.full((m, n), torch.nan), S, best=best)
         assert torch.allclose(rows, dense, rtol=1e-6, atol=0)
@@ -305,3 +305,40 @@ def test_a_damaged_state_is_told_by_its_name_and_an_empty_model_is_filled_later(
     )
     room.load_state_dict(layer_of(refined()).state_dict())  # on the meta device nothing is copied
     assert room.is_meta
+
+
+def _refined(rank=4, **options):
+    gen = torch.Generator().manual_seed(0)
+    W = torch.randn(32, 32, generator=gen)
+    options = {"grid": "int4 by 16", "factors": "int8", **options}
+    return slr.refine(W, None, rank, iterations=4, **options)
+
+
+def test_a_bias_that_does_not_fit_or_is_not_contiguous():
+    with pytest.raises(ValueError, match=r"bias has shape \(7,\); it must be \(32,\)"):
+        layer_of(_refined(), torch.zeros(7))
+    with pytest.raises(ValueError, match="all parts of a layer must be alike"):
+        layer_of(_refined(), torch.zeros(32).half())
+    bias, x = torch.arange(64.0)[::2], torch.ones(1, 32)
+    layer = layer_of(_refined(), bias)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), x @ layer.dense().T + bias, rtol=1e-4, atol=1e-3)
+        layer.bias.data = torch.stack([bias + 1, bias], 1)[:, 0]
+        assert torch.allclose(layer(x), x @ layer.dense().T + bias + 1, rtol=1e-4, atol=1e-3)
+
+
+def test_the_backend_can_be_named():
+    layer, x = layer_of(_refined()), torch.ones(1, 32)
+    with torch.no_grad():
+        auto = layer(x)
+        assert layer.use_("dense").backend == "dense"
+        assert not layer._native(x)
+        assert torch.allclose(layer(x), auto, rtol=1e-4, atol=1e-3)
+    assert layer.use_("auto").backend == "auto"
+    with pytest.raises(ValueError, match="'native' is unknown; it must be one of auto, dense"):
+        layer.use_("native")
+
+
+def test_factors_need_a_rank():
+    with pytest.raises(ValueError, match="factors='int8' has no effect with rank 0"):
+        _refined(rank=0)

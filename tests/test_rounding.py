@@ -95,3 +95,15 @@ def test_its_cells_are_kept(small, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="bits is 1"):
         Spec.read(str(tmp_path / "own.json"))
+
+
+def test_a_grid_is_what_its_name_says_or_is_refused():
+    with pytest.raises(ValueError, match="a grid of whole rows has no offset"):
+        Grid(4, None, symmetric=False)
+    for grid in (Grid(4), Grid(4, 32), Grid(4, 32, symmetric=True)):
+        assert Grid.parse(str(grid)) == grid
+    for bits, group in ((2.5, None), (4, 2.5), (True, None)):
+        with pytest.raises(TypeError, match="it must be an integer"):
+            Grid(bits, group)
+    with pytest.raises(TypeError, match="a grid is 4; it must be a Grid or its name"):
+        slr.refine(torch.randn(4, 4), None, 0, grid=4)

@@ -14,6 +14,7 @@ from slr.checkpoint.folder import load_tokenizer
 from slr.matrix.gram import RIDGE, aimed
 from slr.matrix.metric import Gram
 from slr.matrix.statistics import CrossStatistic
+from slr.model.arithmetic import computing
 from slr.model.block import compress_layer, measure
 from slr.model.blocks import decoder_blocks
 from slr.model.calibrate import first_inputs
@@ -213,3 +214,15 @@ def test_a_folder_and_a_loaded_model_become_the_same(kind, options, tmp_path):
     assert [r[:-1] for r in streamed] == [r[:-1] for r in reports]
     with torch.no_grad():
         assert torch.equal(slr.load(tmp_path / "out")(windows).logits, whole(windows).logits)
+
+
+def test_what_is_narrowed_for_a_while_is_as_it_was():
+    for own, other in (
+        (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ):  # fmt: skip
+        layer = torch.nn.Linear(8, 8).to(own)
+        before = layer.weight.detach().clone()
+        with computing(layer, other):
+            assert layer.weight.dtype == other
+        assert torch.equal(layer.weight, before)

@@ -7,6 +7,7 @@ import torch
 
 import slr
 from slr.checkpoint.folder import load_tokenizer
+from slr.layer.rounded import layer_of
 from slr.model import tuning
 from slr.model.calibrate import first_inputs
 from slr.model.tuning import tune_block
@@ -110,3 +111,36 @@ def test_a_pruned_model_is_tuned_too():
     model = slr.load("tiny", dtype=torch.float32)
     slr.compress(model, recipe)
     assert all(m.rank == 0 for m in model.modules() if isinstance(m, slr.SLRLinear))
+
+
+def _codes():
+    gen = torch.Generator().manual_seed(0)
+    W = torch.randn(16, 16, generator=gen)
+    found = slr.refine(W, None, 4, grid="int4 by 8", factors="int8", iterations=4)
+    layer = layer_of(found, torch.zeros(16))
+    return torch.nn.Sequential(layer.requires_grad_(False))
+
+
+@pytest.mark.parametrize("fixed", [None, torch.float32])
+def test_codes_that_learn_nothing_stay_as_they_came(fixed):
+    block = _codes()
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    with tuning.trainable(block, fixed):
+        pass
+    after = block.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(p.requires_grad for p in block.parameters())
+
+
+@pytest.mark.parametrize("fixed", [None, torch.float32])
+def test_what_is_measured_of_codes_is_what_is_stored(fixed):
+    block, x = _codes(), torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    with tuning.trainable(block, fixed) as parameters:
+        with torch.no_grad():
+            for p in parameters:
+                p.mul_(1.01).add_(0.003)
+            measured = block(x)
+        learnt = block(x).detach()
+    assert torch.allclose(block(x), measured, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(learnt, measured, rtol=1e-5, atol=1e-5)

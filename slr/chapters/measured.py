@@ -21,8 +21,8 @@ from slr.evaluate.agree import bootstrap
 from slr.evaluate.league import places
 from slr.evaluate.reproduction import grid
 from slr.evaluate.tables import Cell, Spec
-from slr.matrix.accounting import matrix_account
 from slr.matrix.rounding import Grid
+from slr.model.account import matrix_account
 
 __all__ = [
     "front_page", "frontier", "losses", "of_systems", "order", "perplexities", "ratio",

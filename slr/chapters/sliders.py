@@ -19,7 +19,7 @@ import pandas as pd
 
 from slr.chapters.plots import COLORS
 from slr.chapters.records import recorded, runs
-from slr.matrix.accounting import matrix_account
+from slr.model.account import matrix_account
 
 if TYPE_CHECKING:
     from IPython.display import HTML

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from slr.checkpoint.named import BASES
-from slr.checkpoint.sizes import Summary
+from slr.checkpoint.sizes import Summary, shown
 from slr.model.plain import PLAIN
 
 __all__ = ["FAR", "beaten", "card", "far"]
@@ -83,12 +83,11 @@ def card(about: dict, before: int, after: int, converted: str | None = None) -> 
         told += (
             f"\n\nThen tuned as a whole, {tuned['passes']} passes: divergence (Kullback-Leibler) "
             f"from the dense model on held-out windows {tuned['divergence'][0]:.4f} before, "
-            f"{min(tuned['divergence']):.4f} after, in nats a token."
+            f"{min(v for v in tuned['divergence'] if v is not None):.4f} after, in nats a token."
         )
     rows = [
         f"| {kind} | {row['number']} | {', '.join(map(str, row['ranks']))} "
-        f"| {row['pruned_error']:.4f} | {row['error']:.4f} "
-        f"| {'' if row['output_error'] is None else format(row['output_error'], '.4f')} |"
+        f"| {shown(row['pruned_error'])} | {shown(row['error'])} | {shown(row['output_error'])} |"
         for kind, row in found.kinds.items()
     ]
     base = _base(source)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ MAGIC = b"GGUF"
 
 def is_gguf(model: str | Path) -> bool:
     """Whether a model is named as a GGUF file, whether or not it is there."""
-    return Path(model).suffix.lower() == ".gguf"
+    return Path(model).suffix.lower() == ".gguf" and not Path(model).is_dir()
 
 
 def converted(file: str | Path) -> Path:
@@ -113,10 +112,10 @@ def convert(file: str | Path, out: str | Path, *, dtype: torch.dtype = torch.bfl
         tied = set(getattr(model, "_tied_weights_keys", None) or {})
         keep = tied if model.config.tie_word_embeddings else set()
         journal.add(WEIGHTS, {k: v for k, v in model.state_dict().items() if k not in keep})
-        with tempfile.TemporaryDirectory(dir=journal.scratch) as scratch:
-            tokenizer.save_pretrained(scratch)
-            for small in sorted(Path(scratch).iterdir()):
-                journal.add_copy(small)
+        tokenizer.save_pretrained(room := journal.room())
+        for small in sorted(room.iterdir()):
+            journal.add_copy(small)
+            small.unlink()
         config = json.loads(model.config.to_json_string(use_diff=False))
         for name in ("_name_or_path", "quantization_config"):
             config.pop(name, None)

@@ -29,6 +29,7 @@ from slr.checkpoint.journal import Journal
 from slr.checkpoint.place import target
 from slr.checkpoint.sizes import check_space
 from slr.layer.linear import SLRLinear
+from slr.matrix.checks import check_choice
 from slr.model import hf
 from slr.model.stream import Stream
 from slr.model.tensors import read_json
@@ -67,8 +68,7 @@ def export(
     """
     import slr
 
-    if to not in FORMS:
-        raise ValueError(f"to {to!r} is unknown; it must be one of {', '.join(FORMS)}")
+    check_choice("to", to, FORMS)
     if outtype is not None and to != "gguf":
         raise ValueError(f"outtype {outtype!r} has no effect with to={to!r}; leave it out")
     out, folder = target(out), resolve(model)

@@ -26,6 +26,7 @@ from slr.checkpoint.gguf_vocabulary import write_vocabulary
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.sizes import check_space
 from slr.layer.linear import SLRLinear
+from slr.matrix.checks import check_choice
 from slr.model.stream import Stream
 
 __all__ = ["OUTTYPES", "interleave", "outtype_of", "write"]
@@ -63,8 +64,7 @@ def outtype_of(outtype: str | None, dtype: torch.dtype) -> str:
     """
     if outtype is None:
         return "f16" if dtype.itemsize == 2 else "f32"
-    if outtype.lower() not in OUTTYPES:
-        raise ValueError(f"outtype {outtype!r} is unknown; it must be one of {', '.join(OUTTYPES)}")
+    check_choice("outtype", outtype.lower(), OUTTYPES)
     return outtype.lower()
 
 

@@ -38,6 +38,7 @@ LOCK = "lock"
 FILES = "files"
 SCRATCH = "scratch"
 LAST = "config.json"  # written last
+SMALL = "small"  # folder in `scratch`, for small files that others write
 
 
 class Journal:
@@ -48,6 +49,7 @@ class Journal:
         key: plain values that decide the result; a journal with others is not resumed.
         resume: go on with what is there; ``False`` starts over.
         memory: plain values to find again on resuming, as what takes long to compute anew.
+        again: how to start over, for messages; by removing the work folder if not told.
 
     Attributes:
         out: the folder to make; where a link leads, if `out` is one.
@@ -62,13 +64,15 @@ class Journal:
     """
 
     def __init__(
-        self, out: str | Path, key: dict, resume: bool = True, memory: dict | None = None
-    ) -> None:
+        self, out: str | Path, key: dict, resume: bool = True, memory: dict | None = None,
+        again: str | None = None,
+    ) -> None:  # fmt: skip
         self.out = target(out)
         self.work = self.out.with_name(f"{self.out.name}.partial")
         self.folder, self.scratch = self.work / FILES, self.work / SCRATCH
         self.key = json.loads(json.dumps(key))
-        self.resume, self.memory = resume, memory or {}
+        self.resume, self.memory, self._given = resume, memory or {}, memory or {}
+        self.again = again or f"by removing {self.work}"
         self.entries: dict[str, dict] = {}
         self.names: list[str] = []  # of every file that was ever begun here
         self.bytes_written, self.seconds = 0, 0.0
@@ -116,7 +120,7 @@ class Journal:
 
     def _leave(self) -> None:
         """Let go of the lock, and of the work folder if nothing is left in it."""
-        for folder in (self.folder, self.scratch):
+        for folder in (self.folder, self.scratch / SMALL, self.scratch):
             with suppress(OSError):
                 folder.rmdir()
         if not any(file.name != LOCK for file in self.work.iterdir()):
@@ -137,6 +141,7 @@ class Journal:
         check_free(self.out)
         if found is not None and not self.resume:
             self._clear()
+            self.memory = self._given  # nothing of the run that is given up
             found = None
         self._check_ours()
         check_rename(self.work, self.out)
@@ -149,7 +154,7 @@ class Journal:
         if found["key"] != self.key:
             raise ValueError(
                 f"{self.work} was begun differently ({_difference(found['key'], self.key)}); "
-                "give the same options, or start over with resume=False (--fresh)"
+                f"give the same options, or start over {self.again}"
             )
         self.entries = {
             name: entry for name, entry in found["entries"].items()
@@ -191,7 +196,8 @@ class Journal:
         return found
 
     def _empty_scratch(self) -> None:
-        """Remove what a killed run had no time to: our files, and safetensors' own."""
+        """Remove what a killed run had no time to: our files and folder, and safetensors' own."""
+        shutil.rmtree(self.scratch / SMALL, ignore_errors=True)
         for file in (*self.scratch.glob("*.tmp"), *self.scratch.glob(".tmp*")):
             file.unlink(missing_ok=True)
 
@@ -256,6 +262,13 @@ class Journal:
         """Add plain values to the memory, to be found again on resuming."""
         self.memory |= json.loads(json.dumps(values))
         self._write()
+
+    def room(self) -> Path:
+        """An empty folder for small files, to be copied from there; a later run empties it."""
+        self._empty_scratch()
+        folder = self.scratch / SMALL
+        folder.mkdir()
+        return folder
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small text file; it is not entered, and written again on resuming."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slr.checkpoint.folder import load_tokenizer, shard_name
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.named import default_text
-from slr.checkpoint.work import Work
+from slr.checkpoint.work import Work, digest
 from slr.matrix.steps import NoRepair
 from slr.model import distributed, hf
 from slr.model.arithmetic import compute_dtype
@@ -99,7 +99,7 @@ def told(work: Work, perplexity: dict[str, float], sample: dict | None) -> dict:
         default_text(work.stream.folder) if work.calibration is None else work.calibration["text"]
     )
     return {
-        "text": text, "windows": count, "seqlen": seqlen,
+        "text": text, "windows": count, "seqlen": seqlen, "sha256": digest(work.held),
         "perplexity": {
             kind: round(value, 4) if math.isfinite(value) else None
             for kind, value in perplexity.items()

@@ -9,7 +9,15 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["PROBE", "become", "check_free", "check_parent", "check_rename", "target"]
+__all__ = [
+    "PROBE",
+    "become",
+    "check_folder",
+    "check_free",
+    "check_parent",
+    "check_rename",
+    "target",
+]
 
 PROBE = "probe"
 
@@ -18,7 +26,7 @@ def target(out: str | Path) -> Path:
     """The folder to make, absolute; where a link leads, if `out` is one.
 
     Raises:
-        ValueError: a link to nothing, or no name of a folder.
+        ValueError: a link to nothing, no name of a folder, or the folder that one is in.
     """
     path = Path(out).absolute()
     if path.is_symlink():
@@ -27,6 +35,8 @@ def target(out: str | Path) -> Path:
         path = path.resolve()
     if not path.name or path.name == "..":
         raise ValueError(f"out {str(out)!r} is not the name of a new folder")
+    if path == Path.cwd():
+        raise ValueError(f"out {str(out)!r} is the folder you are in; give the name of a new one")
     return path
 
 
@@ -34,6 +44,14 @@ def check_free(out: Path) -> None:
     """Raise ValueError unless `out` does not exist yet or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give the name of a new folder")
+
+
+def check_folder(out: Path) -> None:
+    """Raise ValueError unless files can be written into `out`, or it can be made."""
+    check_parent(out)
+    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK | os.X_OK)):
+        why = "Permission denied" if out.is_dir() else "Not a directory"
+        raise ValueError(f"cannot write to {out}: {why}; give another folder")
 
 
 def check_parent(out: Path) -> None:

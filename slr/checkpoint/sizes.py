@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from slr.checkpoint.folder import resolve
-from slr.matrix.accounting import Account, matrix_account, stored_bytes
+from slr.matrix.accounting import stored_bytes
 from slr.matrix.patterns import Pattern
 from slr.matrix.rounding import as_grid
+from slr.model.account import Account, matrix_account
 from slr.model.blocks import decoder_blocks
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream, read_config
@@ -48,7 +49,7 @@ def model_account(
     Args:
         config: a transformers configuration, ``"tiny"``, or a checkpoint folder.
         pattern, rank, dtype, storage: of the linears of decoder blocks, as for
-            :func:`~slr.matrix.accounting.matrix_account`.
+            :func:`~slr.model.account.matrix_account`.
 
     Cost: the model is built without weights.  FLOPs leave out attention itself, which grows with
     the context; a token reads one row of the embedding.
@@ -176,6 +177,15 @@ def _amount(size: float) -> str:
 def megabytes(folder: Path) -> float:
     """MB (10⁶ bytes) of the safetensors files of a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+
+
+def shown(error: float | None) -> str:
+    """A relative error as tables show it; nothing where it is not known.
+
+    >>> shown(0.25), shown(None)
+    ('0.2500', '')
+    """
+    return "" if error is None else f"{error:.4f}"
 
 
 class Summary(NamedTuple):

@@ -15,9 +15,10 @@ from pathlib import Path
 from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.folder import resolve
 from slr.checkpoint.named import NAMES
+from slr.model.data import OURS
 from slr.model.tensors import TensorFiles
 
-__all__ = ["downloaded", "origin", "source_of"]
+__all__ = ["downloaded", "may_read", "origin", "source_of"]
 
 
 def origin(folder: Path, digests: dict) -> dict:
@@ -36,6 +37,17 @@ def downloaded(folder: Path) -> bool:
     return inside.parent.name == "snapshots" or any(
         (inside / name).exists() for name in (".cache/huggingface", ".git")
     )
+
+
+def may_read(folder: Path, notes: dict) -> bool:
+    """Whether the texts that a compressed folder names are none of a downloaded one's choice.
+
+    Args:
+        folder: compressed.
+        notes: what it says of itself.
+    """
+    told = [notes[name] for name in ("calibration", "measured") if notes.get(name) is not None]
+    return all(each.get("text") in OURS for each in told) or not downloaded(folder)
 
 
 def source_of(

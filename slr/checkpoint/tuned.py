@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from slr.checkpoint.journal import Journal
 from slr.checkpoint.measuring import PROMPT, words
 from slr.checkpoint.place import check_free, target
 from slr.checkpoint.sizes import check_space
-from slr.checkpoint.source import source_of
-from slr.checkpoint.work import calibration_windows, held_out
+from slr.checkpoint.source import may_read, source_of
+from slr.checkpoint.work import calibration_windows, digest, held_out
 from slr.model import distributed, hf
 from slr.model.arithmetic import compute_dtype, computing
 from slr.model.blocks import in_mode
@@ -70,7 +71,7 @@ def tune(
             nothing; nothing is written.
 
     Cost: as :func:`slr.model.distillation.distil`; memory for both models.  A run that is killed
-        leaves nothing, and begins again.
+        begins again.
 
     Example: ``tests/test_distillation.py``.
     """
@@ -96,6 +97,11 @@ def tune(
     text = calibration
     if text is None and notes["calibration"] is not None:
         text = notes["calibration"]["text"]
+        if not may_read(folder, notes):
+            raise ValueError(
+                f"{folder} was downloaded, and says that it was calibrated on {text!r}; name the "
+                "text to tune it on, by --calibration"
+            )
     windows, read = calibration_windows(dense, asked, text)
     assert windows is not None
     where, size = device or "cpu", sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -107,10 +113,13 @@ def tune(
     student = nn.Module.to(load(folder), where)
     with distributed.first(Journal(out, key)) as journal:
         trace = distil(student, teacher, windows, passes, rate=rate, more=more, progress=progress)
+        values = [value if math.isfinite(value) else None for value in trace]
+        measured = _measured(notes, student, dense, asked) if may_read(folder, notes) else None
         notes = {
             **notes,
-            "tuned": {**how, "divergence": trace},
-            "measured": _measured(notes, student, dense, asked),
+            "source": notes["source"] or str(source),
+            "tuned": {**how, "divergence": values},
+            "measured": measured,
         }
         notes["layers"] = describe(student, notes["layers"])
         if distributed.rank() == 0:
@@ -123,6 +132,14 @@ def _measured(notes: dict, student: Any, dense: Path, recipe: Recipe) -> dict | 
     measured = notes.get("measured")
     windows = None if measured is None else held_out(dense, recipe, measured["text"])
     if measured is None or windows is None:
+        return None
+    if measured.get("sha256", digest(windows)) != digest(windows):
+        warnings.warn(
+            f"text {measured['text']!r} has changed, so that the tuned model's perplexity would be "
+            "of other windows than the dense model's: it is not measured",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return None
     device, sample = student.device, measured["sample"]
     run_in = compute_dtype(student.dtype, device)

@@ -31,7 +31,7 @@ from slr.model.block import LayerReport
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
-__all__ = ["Prospect", "Work", "begin", "calibration_windows", "look"]
+__all__ = ["Prospect", "Work", "begin", "calibration_windows", "digest", "look"]
 
 LONGEST = 1024  # tokens in a calibration window if not told
 HELD_OUT = 4  # windows that a compression is measured on
@@ -181,7 +181,7 @@ def _keyed(
     masks = [fingerprint(folder) for folder in _given_masks(method)]
     key |= {"masks": masks} if masks else {}
     memory = {"source": {"stamps": stamps(source), "sha256": digests}}
-    return Journal(out, key, resume, memory)
+    return Journal(out, key, resume, memory, again="with resume=False (--fresh)")
 
 
 def _given_masks(method: Recipe | System) -> list[Path]:
@@ -224,9 +224,13 @@ def calibration_windows(
         seqlen = context(folder, LONGEST) if method.seqlen is None else method.seqlen
         tokenizer = load_tokenizer(folder)
         windows = data.calibration(name, tokenizer, seqlen, method.samples, method.seed)
-    digest = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()
     count, seqlen = windows.shape
-    return windows, {"text": name, "windows": count, "seqlen": seqlen, "sha256": digest}
+    return windows, {"text": name, "windows": count, "seqlen": seqlen, "sha256": digest(windows)}
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of token windows.  Cost: a pass."""
+    return hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()
 
 
 def held_out(

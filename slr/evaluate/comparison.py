@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slr.checkpoint.folder import about, load, resolve
-from slr.checkpoint.source import downloaded, source_of
+from slr.checkpoint.source import may_read, source_of
 from slr.checkpoint.work import calibration_windows
 from slr.evaluate.likelihood import perplexity
 from slr.evaluate.reproduction import measure
@@ -20,7 +20,7 @@ from slr.layer.linear import SLRLinear
 from slr.matrix.pruners import Like
 from slr.methods.blockwise import compress_model
 from slr.model.blocks import decoder_blocks
-from slr.model.data import OURS
+from slr.model.choices import CALLED
 from slr.model.losses import exponential
 from slr.model.plain import PLAIN, rounded
 from slr.model.recipe import Recipe
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare", "comparison_of", "prune_again"]
 
-# What a result is called; else refined.
-REPAIRED = {
-    "none": "pruned", "svd": "SVD repair", "eora": "EoRA repair", "oats": "OATS",
-    "slim": "SLiM-LoRA", "hassle": "HASSLE-free", "3basil": "3BASiL", "cap": "CAP",
-    "losparse": "LoSparse",
-}  # fmt: skip
+REPAIRED = {"none": "pruned", **CALLED}
 
 
 @torch.no_grad()
@@ -162,16 +157,17 @@ def comparison_of(
             with rounded(decoder_blocks(model), grid):
                 values[plain] = measured(model, plain)
         del model
-        if notes["recipe"]["refine"] != "none" and "prune" in notes["recipe"]:
+        if notes["recipe"]["refine"] != "none" and _prunes(notes["recipe"]):
             pruned = load(origin)
-            if _may_read(folder, notes) and prune_again(pruned, loaded, notes, origin):
+            if may_read(folder, notes) and prune_again(pruned, loaded, notes, origin):
                 values["pruned"] = measured(nn.Module.to(pruned, device, dtype), "pruned")
             del pruned
     nn.Module.to(loaded, device)
     return Comparison({**values, name: measured(loaded, name)}, why)
 
 
-def _may_read(folder: Path, notes: dict) -> bool:
-    """Whether the calibration text is none of a downloaded configuration's choice."""
-    named = notes["calibration"] is None or notes["calibration"].get("text") in OURS
-    return named or not downloaded(folder)
+def _prunes(told: dict) -> bool:
+    """Whether a recipe has a pruner, and a layer of which not all is kept."""
+    if "prune" not in told:
+        return False
+    return any(each.pattern.density < 1 for each in Recipe.from_dict(told).variants())

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from slr.matrix.checks import check_count, check_seqlen
+from slr.matrix.checks import check_count
 from slr.model.blocks import in_mode
+from slr.model.checks import check_seqlen
 from slr.model.data import check_positions
 from slr.model.edges import reading
 

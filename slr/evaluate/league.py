@@ -6,13 +6,13 @@ the *frontier* if no other is as small or smaller and better.  Book: chapter 19.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from slr.evaluate.reproduction import read_cell
 from slr.evaluate.tables import Cell, Spec
 
 __all__ = ["Place", "as_table", "places", "seeded", "spread"]
@@ -71,11 +71,9 @@ def places(spec: Spec, out: str | Path, text: str | None = None) -> list[Place]:
     """
     found = []
     for cell in spec.cells():
-        file = cell.file(Path(out))
-        if not file.is_file():
-            continue
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if "in_layers" not in told or told["perplexity"] is None:
+        there = [read_cell(file) for file in _files(cell, Path(out))]
+        told = next(iter(there), None)
+        if told is None or "in_layers" not in told or told["perplexity"] is None:
             continue
         other = told.get("also", {}).get(text or "", {}).get("perplexity")
         share = told["products"] / told["weights"]
@@ -84,26 +82,35 @@ def places(spec: Spec, out: str | Path, text: str | None = None) -> list[Place]:
         found.append(
             Place(
                 name, bits, told["bytes"], share, told["perplexity"], other,
-                told["about"]["seconds"], seeds=_seeds(cell, Path(out), text),
+                told["about"]["seconds"], seeds=_seeds(there, text),
             )
         )  # fmt: skip
     return _starred(found)
 
 
-def _seeds(cell: Cell, out: Path, text: str | None) -> tuple[float, ...]:
-    """The numbers of a cell for each seed that it is measured for, on the text if it is given."""
-    values = []
-    for folder in (out, *sorted(out.glob("seed-*"))):
-        file = cell.file(folder)
-        if file.is_file():
-            told = json.loads(file.read_text(encoding="utf-8"))
-            values.append((told if text is None else told["also"].get(text, {})).get("perplexity"))
+def _files(cell: Cell, out: Path) -> list[Path]:
+    """Of a cell, for each seed that it is measured for, the table's own first."""
+    files = (cell.file(folder) for folder in (out, *sorted(out.glob("seed-*"))))
+    return [file for file in files if file.is_file()]
+
+
+def _seeds(there: list[dict], text: str | None) -> tuple[float, ...]:
+    """The numbers of a cell for each seed, on the text if it is given."""
+    told = (each if text is None else each.get("also", {}).get(text, {}) for each in there)
+    values = (each.get("perplexity") for each in told)
     return tuple(value for value in values if value is not None)
 
 
 def _starred(found: list[Place]) -> list[Place]:
-    """In order, of equal size the best first, and the frontier marked."""
-    value = {p: p.perplexity if p.other is None else p.other for p in found}
+    """In order, of equal size the best first, and the frontier marked.
+
+    Where a second text is told of, rows that were not measured on it do not compete.
+    """
+    second = any(place.other is not None for place in found)
+    value: dict[Place, float] = {}
+    for place in found:
+        told = place.other if second else place.perplexity
+        value[place] = float("inf") if told is None else told
     best, shown = float("inf"), []
     for place in sorted(found, key=lambda p: (p.bits, value[p])):
         shown.append(place._replace(frontier=value[place] < best))

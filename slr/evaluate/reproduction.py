@@ -11,7 +11,6 @@ Book: chapters 11 and 12.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -29,7 +28,8 @@ from slr.checkpoint.allocating import allocated
 from slr.checkpoint.atomic import write_text
 from slr.checkpoint.digests import fingerprint
 from slr.checkpoint.folder import context, load_tokenizer, resolve
-from slr.checkpoint.work import calibration_windows
+from slr.checkpoint.place import check_folder
+from slr.checkpoint.work import calibration_windows, digest
 from slr.evaluate.likelihood import streamed_losses
 from slr.evaluate.origin import provenance
 from slr.evaluate.tables import REPAIRS, Cell, Spec, as_text, published, specs
@@ -38,7 +38,7 @@ from slr.matrix.rounding import Grid, as_grid
 from slr.methods.blockwise import calibration_inputs, plan_layers, prepare_block
 from slr.model import data, distributed
 from slr.model.block import LayerReport, compress_block
-from slr.model.edges import check_entries, is_mapping, is_number, or_none
+from slr.model.edges import check_entries, is_mapping, is_number, is_text, or_none
 from slr.model.losses import exponential
 from slr.model.plain import round_linears
 from slr.model.recipe import Recipe
@@ -59,7 +59,8 @@ __all__ = [
 ]
 
 
-CELL = {"perplexity": ("a number or null", or_none(is_number)), "what": ("a mapping", is_mapping)}
+ALSO = {"perplexity": ("a number or null", or_none(is_number)), "sha256": ("a digest", is_text)}
+CELL = {"perplexity": ALSO["perplexity"], "what": ("a mapping", is_mapping)}
 
 
 def suggested_model() -> str:
@@ -81,7 +82,7 @@ def grid(spec: Spec, out: str | Path, text: str | None = None) -> dict[str, dict
     for cell in spec.cells():
         file = cell.file(Path(out))
         if file.is_file():
-            told = _read(file)
+            told = read_cell(file)
             if text is not None:
                 told = told.get("also", {}).get(text)
                 if told is None:
@@ -202,6 +203,8 @@ def reproduce(
     short = min(seqlen, spec.recipe.get("seqlen", seqlen))
     spec = replace(spec, model=model or spec.model, recipe={**spec.recipe, "seqlen": short})
     tokenizer = load_tokenizer(folder)
+    if text in (spec.text, Path(spec.text).name):
+        raise ValueError(f"text {text!r} is the table's own; give another, or leave --text out")
     texts = {
         name: data.windows(data.load_text(name), tokenizer, seqlen, spec.limit)
         for name in (spec.text, *((text,) if text is not None else ()))
@@ -212,9 +215,8 @@ def reproduce(
         "dtype": str(dtype).removeprefix("torch."),
         "text": {"name": spec.text, **_digest(texts[spec.text])},
     }
-    drawn: tuple[Tensor | None, dict | None] | None = (
-        None  # calibration windows, once they are needed
-    )
+    drawn: dict[tuple, tuple[Tensor | None, dict | None]] = {}  # calibration windows
+    check_folder(out)
     number, processes = distributed.alone()
     cells = list(spec.cells(rows, columns))[number::processes]
     with tqdm(total=len(cells), desc=spec.name, unit="cell", disable=not progress) as bar:
@@ -222,8 +224,11 @@ def reproduce(
             what: dict[str, Any] = {**same, "recipe": cell.told, "calibration": None}
             calibration = None
             if cell.recipe is not None and cell.recipe.needs_data:
-                drawn = drawn or calibration_windows(folder, cell.recipe, spec.calibration)
-                calibration, what["calibration"] = drawn
+                asked = cell.recipe.samples, cell.recipe.seqlen, cell.recipe.seed
+                if asked not in drawn:
+                    found = calibration_windows(folder, cell.recipe, spec.calibration)
+                    drawn[asked] = found
+                calibration, what["calibration"] = drawn[asked]
             if fresh or not _there(cell.file(out), what, texts):
                 started = time.perf_counter()
                 recipe = cell.recipe
@@ -281,15 +286,14 @@ def sizes(folder: Path, grid: Grid | None, reports: Sequence[LayerReport]) -> di
 
 def _digest(windows: Tensor) -> dict:
     count, seqlen = windows.shape
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    return {"windows": count, "seqlen": seqlen, "sha256": digest}
+    return {"windows": count, "seqlen": seqlen, "sha256": digest(windows)}
 
 
 def _there(file: Path, what: dict, texts: dict[str, Tensor]) -> bool:
     """Whether the cell was measured, and measured the same way, on all of the texts."""
     if not file.is_file():
         return False
-    told = _read(file)
+    told = read_cell(file)
     before, now = told["what"], json.loads(json.dumps(what))
     earlier = before.get("recipe") or {}
     if "prune" in earlier:  # files of earlier versions tell options without effect too
@@ -301,14 +305,19 @@ def _there(file: Path, what: dict, texts: dict[str, Tensor]) -> bool:
                 f"{file} was measured with another {name}; give another folder with --out, or "
                 "measure again with --fresh"
             )
-    known = {other["sha256"] for other in told.get("also", {}).values()}
-    return all(_digest(windows)["sha256"] in known for windows in list(texts.values())[1:])
+    known = told.get("also", {})
+    return all(
+        known.get(Path(name).name, {}).get("sha256") == _digest(windows)["sha256"]
+        for name, windows in list(texts.items())[1:]
+    )
 
 
-def _read(file: Path) -> dict:
+def read_cell(file: Path) -> dict:
     """A cell.  Raises ValueError if the file is none."""
     told = read_json(file)
     check_entries(str(file), told, CELL)
+    for name, other in told.get("also", {}).items():
+        check_entries(f"{file}: 'also'.{name!r}", other, ALSO)
     return told
 
 
@@ -323,6 +332,10 @@ def _write(file: Path, told: dict, texts: dict[str, Tensor], losses: Tensor) -> 
         for (name, windows), part in zip(texts.items(), parts, strict=True)
     }
     own = found.pop(Path(next(iter(texts))).name)
+    if file.is_file():  # measured the same way, or the caller starts over
+        before = read_cell(file)
+        if json.loads(json.dumps(told["what"])) == before["what"]:
+            found = {**before.get("also", {}), **found}
     told |= {"perplexity": own["perplexity"], "losses": own["losses"], "also": found}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(told, indent=1, allow_nan=False) + "\n")

@@ -43,6 +43,7 @@ class Backed(nn.Module):
 
     in_features: int
     out_features: int
+    dtype: torch.dtype
     values: Tensor
     bitmask: Tensor
     B: Tensor
@@ -59,6 +60,27 @@ class Backed(nn.Module):
     def _shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.out_features, self.in_features
+
+    def _received(self, x: Tensor) -> Tensor:
+        """x (…, in) in the dtype that it is multiplied in: autocast's, else it must be S's."""
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; its last dimension must be {self.in_features}"
+            )
+        to = autocast_dtype(x.device.type)
+        if to is None and x.dtype != self.dtype:
+            raise ValueError(f"x has dtype {x.dtype}, but the layer {self.dtype}")
+        return x if to is None else x.to(to)
+
+    def _alike(self, device: torch.device) -> None:
+        """Raise ValueError unless B, A and the bias have the dtype of S and are where it is."""
+        for name in ("B", "A", "bias"):
+            part = self._parameters.get(name)
+            if part is not None and (part.dtype, part.device) != (self.dtype, device):
+                raise ValueError(
+                    f"{name} is {part.dtype} on {part.device}, but S {self.dtype} on {device}; "
+                    "all parts of a layer must be alike"
+                )
 
     def choice(self, tokens: int) -> Choice:
         """The backend for so many tokens where the layer is now, and why.

@@ -39,7 +39,7 @@ class ByCodes(SLRLinear):
     def _prepare(self) -> None:
         """Make ready for our kernels, where the tensors are now."""
         self.ready = None
-        if self.codes.device.type != "cpu" or native.missing():
+        if self.codes.device.type != "cpu" or native.missing() or self.backend == "dense":
             return
         zero, starts, mine = None, None, self.coded_factors and self.rank > 0
         if self.zero is not None:

@@ -124,7 +124,7 @@ def _kept(compiler: str) -> Library:
         try:
             return Library(file)
         except OSError:  # of another machine, or damaged
-            file.unlink()
+            file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         made = _compile(compiler, Path(folder))
         found = Library(made)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from slr.layer.backed import Backed, autocast_dtype
+from slr.layer.backed import Backed
 from slr.layer.backends import sparse_cores
 from slr.layer.bits import pack_mask, unpack_mask
 from slr.layer.few import few_tokens
@@ -51,8 +51,8 @@ class SLRLinear(Backed):
     State dicts hold ``values``, ``bitmask``, ``B``, ``A`` and ``bias``, as the files do.
 
     Raises:
-        ValueError: shapes that do not fit, a weight that is not zero off its mask, or a 2:4
-            pattern whose mask does not keep 2 of every 4.
+        ValueError: shapes, dtypes or devices that do not fit, a weight that is not zero off its
+            mask, or a 2:4 pattern whose mask does not keep 2 of every 4.
 
     Cost of a forward pass: 2 · in · out + 2 k (in + out) FLOPs a token, and unpacking S once,
         row block by row block.  Memory: packed.
@@ -99,7 +99,7 @@ class SLRLinear(Backed):
         self.values = nn.Parameter(weight[mask])
         self.B = nn.Parameter(B)
         self.A = nn.Parameter(A)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias = None if bias is None else nn.Parameter(bias.contiguous())
         self.register_buffer("bitmask", pack_mask(mask))
         self._rooms()
         self.check_()
@@ -183,6 +183,7 @@ class SLRLinear(Backed):
                 be of.
         """
         check_packed(self.values.data, self.bitmask, self._shape)
+        self._alike(self.values.device)
         if self.pattern == TWO_FOUR:
             check_two_four(self.bitmask, self._shape)
         self.two_four = is_two_four(self.bitmask, self._shape)
@@ -192,7 +193,7 @@ class SLRLinear(Backed):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not (self.values.is_meta or self.bitmask.is_meta):
+        if not self.is_meta:
             try:
                 self.check_()
             except ValueError as error:
@@ -206,11 +207,11 @@ class SLRLinear(Backed):
 
     @property
     def is_meta(self) -> bool:
-        """Whether it is a placeholder."""
-        return self.values.is_meta
+        """Whether it is a placeholder, or partly."""
+        return self.values.is_meta or self.bitmask.is_meta
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """Of S and of what is computed."""
         return self.values.dtype
 
@@ -264,15 +265,10 @@ class SLRLinear(Backed):
         """
         values, bias, cached = self.values, self.bias, self.cached
         B, A, m, n = self.B, self.A, self.out_features, self.in_features
-        if x.shape[-1:] != (n,):
-            raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be {n}")
-        to = autocast_dtype(x.device.type)
-        if to is not None:
-            x, values = x.to(to), values.to(to)
-            bias = None if bias is None else bias.to(to)
-            cached = None if cached is None else cached.to(to)
-        if x.dtype != values.dtype:
-            raise ValueError(f"x has dtype {x.dtype}, but the layer {values.dtype}")
+        x = self._received(x)
+        if x.dtype != values.dtype:  # autocast
+            values = values.to(x.dtype)
+            bias, cached = (None if part is None else part.to(x.dtype) for part in (bias, cached))
         if not values.numel() and self.rank:  # W = B A
             return linear(linear(x, A), B, bias)
         name = self._backend(x, values) if cached is None else ""

@@ -7,6 +7,8 @@ read, so everything is read once and as it is stored.  Book: chapter 17.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,15 +101,26 @@ def multiply(
     return _multiply(x, values, bitmask, starts, B, A, bias, best)
 
 
+def alike(x: Tensor, *parts: Tensor | None) -> list[Any]:
+    """Tensors as the kernels read them, contiguous; all must have the dtype of the first.
+
+    >>> alike(torch.ones(1), torch.ones(1).half())
+    Traceback (most recent call last):
+    ValueError: x is torch.float32, but a part of the layer torch.float16
+    """
+    for part in parts:
+        if part is not None and part.dtype != x.dtype:
+            raise ValueError(f"x is {x.dtype}, but a part of the layer {part.dtype}")
+    return [None if part is None else part.contiguous() for part in (x, *parts)]
+
+
 def _multiply(
     x: Tensor, values: Tensor, bitmask: Tensor, starts: Tensor | None, B: Tensor, A: Tensor,
     bias: Tensor | None, best: str | None = None,
 ) -> Tensor:  # fmt: skip
     (m, k), n, kept = B.shape, x.shape[-1], values.numel()
     y = x.new_empty(*x.shape[:-1], m)
-    if not (x.is_contiguous() and values.is_contiguous() and B.is_contiguous()
-            and A.is_contiguous()):  # fmt: skip
-        x, values, B, A = (t.contiguous() for t in (x, values, B, A))
+    x, values, B, A, bias = alike(x, values, B, A, bias)
     library().few(
         DTYPES[x.dtype], chosen(best), torch.get_num_threads(), x.numel() // n, m, n, k,
         x.data_ptr(), values.data_ptr(), kept, bitmask.data_ptr(),

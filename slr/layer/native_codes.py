@@ -138,7 +138,7 @@ def _multiply(x: Tensor, *parts: Any, best: str | None = None) -> Tensor:
     planes, scale, zero, mask, starts, B, A, bias, bits, group, kept = parts
     (m, k), n = B.shape, x.shape[-1]
     y = x.new_empty(*x.shape[:-1], m)
-    x, B, A = (t.contiguous() for t in (x, B, A))
+    x, B, A, bias = native.alike(x, B, A, bias)
     struct = CodedMatrix((m, n), bits, planes, kept, scale, zero, group, mask, starts).struct()
     library().codes(
         native.DTYPES[x.dtype], chosen(best), torch.get_num_threads(), x.numel() // n,

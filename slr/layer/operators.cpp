@@ -67,18 +67,16 @@ class Together {
   explicit Together(const Tensor& x) : x_(whole(x)), n_(x.size(-1)) {}
 
   Part& add(const Tensor& B, const Tensor& A, const Maybe& bias) {
-    held_.push_back(whole(B)), held_.push_back(whole(A));
-    const int64_t m = B.size(0), k = B.size(1);
-    const char *b = at<char>(held_[held_.size() - 2]), *a = at<char>(held_.back());
-    parts_.push_back({m, k, nullptr, 0, nullptr, nullptr, 0, b, a, at<char>(bias), nullptr});
+    const char *b = hold(B), *a = hold(A), *add = bias ? hold(*bias) : nullptr;
+    parts_.push_back({B.size(0), B.size(1), nullptr, 0, nullptr, nullptr, 0, b, a, add, nullptr});
+    const int64_t m = B.size(0);
     ys_.push_back(like(x_, m));
     return parts_.back();
   }
 
   void add(const Tensor& values, const Tensor& bitmask, const Maybe& starts, const Tensor& B,
            const Tensor& A, const Maybe& bias) {
-    held_.push_back(whole(values));
-    const char* const S = at<char>(held_.back());
+    const char* const S = hold(values);
     Part& part = add(B, A, bias);
     part.values = S, part.count = values.numel(), part.each = values.numel() / part.m;
     part.bits = at<uint8_t>(bitmask), part.starts = at<int64_t>(starts);
@@ -94,6 +92,14 @@ class Together {
   }
 
  private:
+  // The numbers of a tensor, contiguous, for as long as this lives.
+  const char* hold(const Tensor& part) {
+    STD_TORCH_CHECK(part.scalar_type() == x_.scalar_type(),
+                    "x and the parts of the layer differ in dtype");
+    held_.push_back(whole(part));
+    return at<char>(held_.back());
+  }
+
   const Tensor x_;
   const int64_t n_;
   std::vector<Tensor> held_, ys_;

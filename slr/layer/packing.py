@@ -22,12 +22,12 @@ from torch import Tensor
 from slr.layer import native
 from slr.layer.bits import unpack_mask
 from slr.layer.sparse24 import expand_, places
+from slr.matrix.filled import INTEGER
 
 __all__ = ["blocks", "check_packed", "keep", "unpack"]
 
 ROWS = 1024  # unpacked at a time on a CPU: with fewer, or other numbers, torch is slower
 BLOCK = {"cuda": 1 << 26}  # entries unpacked at a time elsewhere
-INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def _rows(shape: tuple[int, int], device: torch.device) -> list[slice]:

@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from slr.layer.backed import autocast_dtype
 from slr.layer.bits import pack_codes, pack_mask, unpack_codes, unpack_mask
 from slr.layer.by_codes import ByCodes
 from slr.layer.linear import SLRLinear
 from slr.layer.readonly import read_only
-from slr.matrix.checks import check_mask
+from slr.matrix.checks import check_choice, check_mask
 from slr.matrix.patterns import Pattern, parse
 from slr.matrix.result import Refined
 from slr.matrix.rounding import Grid, Levels, Rounded, as_grid
@@ -55,8 +54,13 @@ def layer_of(
 
 def factor(name: str, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """B (whose codes are of Bᵀ) or A, in float32, from the tensors of this name."""
-    values = (codes.float() - 2 ** (grid.bits - 1)).mul_(_scale(scale)[:, None])
+    values = _rounded(codes, scale, grid).values()
     return values.T.contiguous() if name == "B" else values
+
+
+def _rounded(codes: Tensor, scale: Tensor, grid: Grid) -> Rounded:
+    steps = _scale(scale)[:, None]
+    return Rounded(codes, Levels(steps, torch.full_like(steps, 2 ** (grid.bits - 1))), grid)
 
 
 def _scale(stored: Tensor) -> Tensor:
@@ -106,9 +110,11 @@ class RoundedLinear(ByCodes):
         assert coded is not None
         check_mask(mask, coded.sparse.codes)
         m, n = mask.shape
+        if bias is not None and bias.shape != (m,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({m},)")
         kept = int(mask.sum())
         self._make(
-            (m, n), refined.A.shape[0], kept, None if bias is None else len(bias),
+            (m, n), refined.A.shape[0], kept, bias is not None,
             refined.sparse.dtype, mask.device, pattern, coded.sparse.grid,
             None if coded.B is None else coded.B.grid,
         )  # fmt: skip
@@ -126,7 +132,8 @@ class RoundedLinear(ByCodes):
                 setattr(self, f"{name}_codes", part.codes.contiguous())
                 setattr(self, f"{name}_scale", part.levels.scale[:, 0].bfloat16().view(torch.int16))
         if bias is not None:
-            self.bias = nn.Parameter(bias)
+            self.bias = nn.Parameter(bias.contiguous())
+        self._alike(self.codes.device)
         self._prepare()
 
     @classmethod
@@ -138,13 +145,13 @@ class RoundedLinear(ByCodes):
         """A layer to be filled by a loader, which calls :meth:`check_` when it has."""
         layer = cls.__new__(cls)
         layer._make(
-            shape, rank, kept, shape[0] if bias else None, dtype, torch.device(device), pattern,
+            shape, rank, kept, bias, dtype, torch.device(device), pattern,
             as_grid(grid), as_grid(factors),
         )  # fmt: skip
         return layer
 
     def _make(
-        self, shape: tuple[int, int], rank: int, kept: int, bias: int | None, dtype: torch.dtype,
+        self, shape: tuple[int, int], rank: int, kept: int, bias: bool, dtype: torch.dtype,
         device: torch.device, pattern: str | Pattern | None, grid: Grid | None,
         factors: Grid | None,
     ) -> None:  # fmt: skip
@@ -173,7 +180,7 @@ class RoundedLinear(ByCodes):
             for name, long in (("B", m), ("A", n)):
                 self.register_buffer(f"{name}_codes", room(rank, long))
                 self.register_buffer(f"{name}_scale", room(rank, kind=torch.int16))
-        self.bias = None if bias is None else nn.Parameter(room(bias, kind=dtype), False)
+        self.bias = nn.Parameter(room(m, kind=dtype), False) if bias else None
         self.ready = None
         self.register_buffer("like", room(0, kind=dtype), persistent=False)
         self.register_buffer("cached", None, persistent=False)
@@ -194,6 +201,7 @@ class RoundedLinear(ByCodes):
             values = _scale(scale)
             if not bool((values.isfinite() & (values > 0)).all()):
                 raise ValueError("a scale is not a finite number above 0")
+        self._alike(self.codes.device)
         self.cached = None
         self._prepare()
         return self
@@ -209,7 +217,7 @@ class RoundedLinear(ByCodes):
         return self._kept
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """Of what is computed."""
         return self.like.dtype
 
@@ -231,9 +239,15 @@ class RoundedLinear(ByCodes):
     def _factor(self, name: str) -> Tensor:
         if not self.coded_factors:
             return self._parameters[name]  # type: ignore[return-value]
-        codes, scale = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale")
+        values = self.coded_factor(name).values().to(self.dtype)
+        return values.T.contiguous() if name == "B" else values
+
+    def coded_factor(self, name: str) -> Rounded:
+        """A, or of B the transpose, as codes, where they are stored so."""
         assert self.factors is not None
-        return factor(name, codes, scale, self.factors).to(self.dtype)
+        return _rounded(
+            getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale"), self.factors
+        )
 
     def free_factors_(self) -> RoundedLinear:
         """Hold B and A as parameters, so that they can be written; returns the layer."""
@@ -287,11 +301,10 @@ class RoundedLinear(ByCodes):
         return self
 
     def use_(self, backend: str) -> RoundedLinear:
-        """Raises ValueError for any backend but ``"auto"``: codes are unpacked and multiplied."""
-        if backend not in ("auto", "dense"):
-            raise ValueError(
-                f"backend {backend!r} does not read codes; a rounded layer has 'dense'"
-            )
+        """``"dense"`` unpacks the codes always, ``"auto"`` where our kernels cannot read them."""
+        check_choice("backend (of codes)", backend, ("auto", "dense"))
+        self.backend = backend
+        self._prepare()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoundedLinear:
@@ -306,29 +319,14 @@ class RoundedLinear(ByCodes):
         nn.Module.__setstate__(self, state)
         self._prepare()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-        if not self.is_meta:
-            try:
-                self.check_()
-            except ValueError as error:
-                args[-1].append(f"{prefix.rstrip('.')}: {error}")
-
     def forward(self, x: Tensor) -> Tensor:
         """y = S x + B (A x) + b for x of shape (…, in).
 
         Raises:
             ValueError: x has another width, or (outside autocast) another dtype than the layer.
         """
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; its last dimension must be {self.in_features}"
-            )
-        to = autocast_dtype(x.device.type) or self.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(to)
-        if x.dtype != to:
-            raise ValueError(f"x has dtype {x.dtype}, but the layer {to}")
+        x = self._received(x)
+        to = x.dtype
         if self.cached is None and to == self.dtype and self._native(x):
             return self._by_kernels(x)
         S = (self._unpacked() if self.cached is None else self.cached).to(to)

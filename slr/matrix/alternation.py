@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slr.matrix.assembly import scales
 from slr.matrix.codes import Columns, descend, feed_back
 from slr.matrix.filled import OVERSAMPLING, WARMUP
 from slr.matrix.lowrank import truncated_svd
-from slr.matrix.metric import Diagonal, Gram, Metric, definite
+from slr.matrix.metric import Gram, Metric, definite
 from slr.matrix.result import Coded, Step
 from slr.matrix.rounding import Grid, Rounded
 
@@ -152,9 +153,8 @@ class _Weights:
         generator: torch.Generator,
     ) -> None:  # fmt: skip
         self.mask, self.grid, self.rank, self.metric = mask, grid, rank, metric
-        loud = metric.scale.to(work) if isinstance(metric, Diagonal) else work.new_ones(())
-        self.scale, self.back = loud, (loud > 0) / torch.where(loud > 0, loud, 1)
-        self.loudness = loud.square().expand(work.shape[1])
+        self.scale, self.back = scales(metric, work)
+        self.loudness = self.scale.square().expand(work.shape[1])
 
     def kept(self, rounded: Rounded) -> Tensor:
         values = rounded.values()

@@ -40,8 +40,8 @@ def posed(
     Identity()
     """
     check_matrix("weight", weight, batch=not coded)
-    if mask is not None:
-        check_mask(mask, weight)
+    if mask is not None or not coded:
+        check_mask(mask, weight)  # type: ignore[arg-type]
     if rank != 0 or not coded:
         check_rank(rank, weight.shape[-2:])
     metric = Identity() if metric is None else metric

@@ -1,13 +1,14 @@
 """One clear error for each kind of bad input; nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "check_count", "check_finite", "check_integer", "check_mask", "check_matrix", "check_rank",
-    "check_seqlen",
+    "check_choice", "check_count", "check_finite", "check_integer", "check_mask", "check_matrix",
+    "check_number", "check_rank", "check_share", "check_tensor",
 ]  # fmt: skip
 
 
@@ -19,13 +20,25 @@ def check_matrix(name: str, value: Tensor, batch: bool = False) -> None:
     Traceback (most recent call last):
     ValueError: weight has shape (3,); it must be a matrix (out, in)
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    check_tensor(name, value)
     if value.ndim not in (2, 3 if batch else 2) or value.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a matrix (out, in)")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be floating point")
+    if not value.is_floating_point() or value.itemsize < 2:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; it must be floating point, of 16 bits or more"
+        )
     check_finite(name, value)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor.
+
+    >>> check_tensor("scale", [1.0])
+    Traceback (most recent call last):
+    TypeError: scale is a list; it must be a torch.Tensor
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -93,6 +106,40 @@ def check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}; it must be an integer")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a real number, of Python or numpy.
+
+    >>> check_number("tolerance", "4")
+    Traceback (most recent call last):
+    TypeError: tolerance is '4'; it must be a number
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of those known.
+
+    >>> check_choice("solver", "best", ("fast", "exact"))
+    Traceback (most recent call last):
+    ValueError: solver 'best' is unknown; it must be one of fast, exact
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; it must be one of {', '.join(known)}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless `value` is a number from 0 to below 1.
+
+    >>> check_share("tolerance", 2)
+    Traceback (most recent call last):
+    ValueError: tolerance is 2; it must be from 0 to below 1
+    """
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; it must be from 0 to below 1")
+
+
 def check_count(name: str, value: object, hint: str = "") -> None:
     """Raise unless `value` is an integer of 1 or more.
 
@@ -103,15 +150,3 @@ def check_count(name: str, value: object, hint: str = "") -> None:
     check_integer(name, value)
     if value < 1:  # type: ignore[operator]
         raise ValueError(f"{name} is {value}; it must be at least 1 {hint}".rstrip())
-
-
-def check_seqlen(seqlen: object) -> None:
-    """Raise unless `seqlen` is an integer of 2 or more: the first token is only ever context.
-
-    >>> check_seqlen(0)
-    Traceback (most recent call last):
-    ValueError: seqlen is 0; a window needs at least 2 tokens
-    """
-    check_integer("seqlen", seqlen)
-    if seqlen < 2:  # type: ignore[operator]
-        raise ValueError(f"seqlen is {seqlen}; a window needs at least 2 tokens")

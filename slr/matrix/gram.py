@@ -25,7 +25,7 @@ from slr.matrix.checks import check_rank
 from slr.matrix.filled import OVERSAMPLING, WARMUP, Factors
 from slr.matrix.metric import Gram, definite
 from slr.matrix.patterns import Pattern
-from slr.matrix.result import Step
+from slr.matrix.result import Step, settled
 
 __all__ = ["aimed", "best_low_rank", "masked_least_squares", "refine_gram"]
 
@@ -212,8 +212,6 @@ def refine_gram(
         error = rest.mul_(image).sum(dtype=torch.float64).clamp_min(0) * unit
         image.addmm_(B, AH)
         steps.append(Step(rank, float(error.sqrt())))
-        if tolerance and turn:
-            before, now = steps[-2].error, steps[-1].error
-            if before - now < tolerance * before:
-                break
+        if settled(steps, tolerance):
+            break
     return S, mask, (B, A), steps

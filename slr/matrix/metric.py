@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slr.matrix.checks import check_finite
+from slr.matrix.checks import check_finite, check_number, check_tensor
 
 __all__ = ["Diagonal", "Gram", "Identity", "Metric", "definite", "relative"]
 
@@ -57,6 +57,7 @@ class Diagonal:
     scale: Tensor
 
     def __post_init__(self) -> None:
+        check_tensor("scale", self.scale)
         if self.scale.ndim != 1:
             raise ValueError(f"scale has shape {tuple(self.scale.shape)}; it must be (inputs,)")
         check_finite("scale", self.scale)
@@ -97,6 +98,8 @@ class Gram:
 
     def __post_init__(self) -> None:
         H = self.matrix
+        check_tensor("gram", H)
+        check_number("damping", self.damping)
         if H.ndim != 2 or H.shape[0] != H.shape[1]:
             raise ValueError(f"gram has shape {tuple(H.shape)}; it must be (inputs, inputs)")
         check_finite("gram", H)

@@ -20,7 +20,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from slr.matrix.checks import check_finite
+from slr.matrix.checks import check_finite, check_integer, check_number
 
 __all__ = ["NM", "Pattern", "Unstructured", "parse"]
 
@@ -50,7 +50,7 @@ class Unstructured:
             matrix (the usual magnitude pruning).
 
     Raises:
-        ValueError: a sparsity out of range, or an unknown group.
+        ValueError, TypeError: a sparsity out of range or that is no number, or an unknown group.
 
     Cost: :meth:`select` O(m n); :meth:`verify` one pass.
     Source: Han et al. 2015 by matrix; Sun et al. 2024, table 7, for comparing by row.
@@ -63,6 +63,8 @@ class Unstructured:
     group: str = "row"
 
     def __post_init__(self) -> None:
+        check_number("sparsity", self.sparsity)
+        object.__setattr__(self, "sparsity", float(self.sparsity))
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity is {self.sparsity}; it must be from 0 to 1")
         _check_group(self.group)
@@ -132,7 +134,7 @@ class NM:
         m: length of a group, above n; it must divide the number of inputs.
 
     Raises:
-        ValueError: no such pattern.
+        ValueError, TypeError: no such pattern.
 
     Cost: :meth:`select` m² / 2 comparisons a group; :meth:`verify` one pass.
     Source: Mishra et al. 2021 (2:4 on GPUs); Zhou et al. 2021 (N:M).
@@ -145,6 +147,8 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
+        check_integer("n", self.n)
+        check_integer("m", self.m)
         if not 0 < self.n < self.m:
             raise ValueError(
                 f"pattern {self.n}:{self.m} would keep {self.n} of every {self.m}; "
@@ -252,11 +256,11 @@ def _parse(text: str, group: str) -> Pattern:
         return NM(int(nm[1]), int(nm[2]))
     if text == DENSE:
         return Unstructured(0.0)
-    number, by, _ = text.partition(BY_MATRIX)
+    number = text.removesuffix(BY_MATRIX)
     try:
         sparsity = float(number)
     except ValueError:
         raise ValueError(
             f"pattern {text!r} is neither n:m (as 2:4) nor a fraction to prune (as 0.5) nor dense"
         ) from None
-    return Unstructured(sparsity, "matrix" if by else group)
+    return Unstructured(sparsity, group if number == text else "matrix")

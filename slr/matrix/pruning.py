@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slr.matrix.assembly import unit_of
-from slr.matrix.checks import check_finite, check_matrix
+from slr.matrix.assembly import unit_of, working
+from slr.matrix.checks import check_choice, check_finite, check_matrix, check_tensor
 from slr.matrix.metric import Gram, definite
 from slr.matrix.patterns import NM, Pattern, parse
 
@@ -82,8 +82,7 @@ def prune(
     >>> print(prune(W, "wanda", "2:4", activation_norm=torch.tensor([1.0, 1.0, 9.0, 9.0])).mask)
     tensor([[False, False,  True,  True]])
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; it must be one of {', '.join(METHODS)}")
+    check_choice("method", method, METHODS)
     check_matrix("weight", weight)
     weight, pattern = weight.detach(), parse(pattern)
     if method == "sparsegpt":
@@ -91,7 +90,7 @@ def prune(
     if method == "random":
         scores = torch.rand(weight.shape, generator=generator, device=weight.device)
     else:
-        scores = weight.abs().float()
+        scores = weight.abs().to(working(weight))
     if method == "wanda":
         norm = _checked_norm(activation_norm, weight)
         scores = scores / unit_of(scores) * (norm / unit_of(norm))
@@ -102,6 +101,7 @@ def prune(
 def _checked_norm(norm: Tensor | None, weight: Tensor) -> Tensor:
     if norm is None:
         raise ValueError("method 'wanda' needs activation_norm, one value for each input channel")
+    check_tensor("activation_norm", norm)
     if norm.shape != weight.shape[1:]:
         raise ValueError(
             f"activation_norm has shape {tuple(norm.shape)}; "
@@ -125,9 +125,9 @@ def inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
 
     Cost: about n³ FLOPs.
 
-    >>> U, dead = inverse_factor(torch.zeros(1, 2), torch.diag(torch.tensor([3.98, 0.0])))
+    >>> U, dead = inverse_factor(torch.zeros(1, 2), torch.diag(torch.tensor([4.0, 0.0])))
     >>> print((1 / U.diagonal() ** 2).round(decimals=2), dead.tolist())
-    tensor([4.0000, 1.0200]) [False, True]
+    tensor([4.0400, 4.0400]) [False, True]
     """
     if gram is None:
         raise ValueError("method 'sparsegpt' needs gram, the second moments of the inputs")
@@ -135,7 +135,7 @@ def inverse_factor(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
     metric.check(weight.shape[1])
     H = gram.to(weight.device, torch.float32).clone()
     dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
+    H.diagonal()[dead] = H.diagonal()[~dead].mean()  # one of the rest, in their units
     H.diagonal().add_(DAMPING * H.diagonal().mean())
     inverse = torch.cholesky_inverse(definite(H)[1])
     return definite((inverse + inverse.T) / 2, "the inverse of gram")[1].T, dead
@@ -163,7 +163,7 @@ def sweep(weight: Tensor, pattern: Pattern, factor: tuple[Tensor, Tensor]) -> Pr
         raise ValueError(f"pattern {pattern} needs columns divisible by {pattern.m}; there are {n}")
     U, dead = factor
     unit = unit_of(weight)  # squares of its entries are to stay in range
-    W = weight.float() / unit
+    W = (weight.to(working(weight)) / unit).float()
     W[:, dead] = 0
     mask = torch.ones_like(W, dtype=torch.bool)
     step = pattern.m if isinstance(pattern, NM) else 1
@@ -186,7 +186,7 @@ def sweep(weight: Tensor, pattern: Pattern, factor: tuple[Tensor, Tensor]) -> Pr
             errors[:, i] = block[:, i] * ~keep[:, i] / u[i, i]
             block[:, i:] -= torch.outer(errors[:, i], u[i, i:])
         W[:, right:] -= errors @ U[left:right, right:]
-    kept = (W * mask * unit).to(weight.dtype)
+    kept = ((W * mask).to(working(weight)) * unit).to(weight.dtype)
     if not bool(kept.isfinite().all()):
         raise ValueError(
             f"weight reaches {float(weight.abs().amax()):.3g}, and what SparseGPT makes of it does "

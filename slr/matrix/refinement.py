@@ -38,7 +38,7 @@ from torch import Tensor
 
 from slr.matrix.alternation import refine_rounded
 from slr.matrix.assembly import assemble, in_units, posed, scales, working
-from slr.matrix.checks import check_count
+from slr.matrix.checks import check_choice, check_count, check_share
 from slr.matrix.filled import (
     POLISH,
     RANGE,
@@ -53,7 +53,7 @@ from slr.matrix.gram import refine_gram
 from slr.matrix.metric import Gram, Metric
 from slr.matrix.oneshot import svd_repair
 from slr.matrix.patterns import Pattern, parse
-from slr.matrix.result import Refined, Step
+from slr.matrix.result import Refined, Step, settled
 from slr.matrix.rounding import Grid, as_grid
 
 __all__ = ["SCHEDULES", "SEARCHES", "SOLVERS", "ramp", "refine", "svd_repair"]
@@ -62,6 +62,7 @@ SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
 SEARCHES = ("score", "admm")
 ROUNDING = 1e-6  # of an error
+AT_LEAST = "where the mask is chosen anew (update_mask) it must be at least 2"
 
 
 def ramp(rank: int, iterations: int) -> list[int]:
@@ -135,9 +136,10 @@ def refine(
         :class:`Refined` in the dtype of `weight`, computed in float32 (float64 for float64).
         Its low-rank part is the best rank-k approximation of weight - sparse (for
         ``"fast"`` to solver accuracy).  Without a ramp a last step sets sparse = weight - B A on
-        the mask, so that the error is all off the mask.  Its error is never above that of
-        :func:`svd_repair`: a fast result that is no better is done again exactly, and an exact one
-        gives way to it.  The trace then holds both and is longer than `iterations` + 1.
+        the mask, so that the error is all off the mask.  But for ``Gram`` and grids, its error is
+        never above that of :func:`svd_repair`: a fast result that is no better is done again
+        exactly, and an exact one gives way to it.  The trace then holds both and is longer than
+        `iterations` + 1.
 
     Raises:
         ValueError: shapes that differ, a rank out of range, non-finite weights, an unknown
@@ -159,28 +161,27 @@ def refine(
     >>> refined.error < svd_repair(W, mask, rank=4).error
     True
     """
-    iterations = _check_choices(iterations, solver, schedule, tolerance)
+    check_choice("solver", solver, SOLVERS)
+    check_choice("schedule", schedule, SCHEDULES)
+    check_count("iterations", iterations)
+    check_share("tolerance", tolerance)
+    if search_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"search_dtype is {search_dtype}; it must be float32 or bfloat16")
     grid, factors = as_grid(grid), as_grid(factors)
-    _check_grids(grid, factors, mask, solver, schedule, tolerance)
+    _check_grids(grid, factors, mask, rank, solver, schedule, tolerance)
     metric, weight = posed(weight, mask, rank, metric, coded=grid is not None)
-    if update_mask is not None and not isinstance(metric, Gram):
-        raise ValueError("update_mask needs metric=Gram(…)")
-    if search not in SEARCHES:
-        raise ValueError(f"search {search!r} is unknown; it must be one of {', '.join(SEARCHES)}")
-    if search != "score" and update_mask is None:
-        raise ValueError(f"search={search!r} needs update_mask, a pattern")
+    pattern = _check_search(update_mask, search, mask, metric, iterations)
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     if grid is not None:
-        if update_mask is not None and mask is not None:
+        if pattern is not None:
             mask = refine(
                 weight, mask, max(rank, 1), iterations=iterations, metric=metric,
-                generator=generator, update_mask=update_mask, search=search,
+                generator=generator, update_mask=pattern, search=search,
             ).mask  # fmt: skip
         codes = {"factors": factors, "iterations": iterations, "generator": generator}
         return in_units(weight, metric, lambda W, M, _: _by_codes(W, mask, M, rank, grid, **codes))
     assert mask is not None
     if isinstance(metric, Gram):
-        pattern = None if update_mask is None else parse(update_mask)
         limits = {"iterations": iterations, "tolerance": tolerance, "search": search}
         return in_units(
             weight, metric,
@@ -288,30 +289,34 @@ def _iterate(
                 torch.cat([A, previous[1]], -2),
             )
         previous = (B, A)
-        if not paper and len(steps) > 1:
-            before, now = steps[-2].error, steps[-1].error
-            if tolerance and before - now < tolerance * before:
-                break
+        if not paper and settled(steps, tolerance):
+            break
     assert fill is not None
     return fill, steps
 
 
-def _check_choices(iterations: int, solver: str, schedule: str, tolerance: float) -> int:
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; it must be one of {', '.join(SOLVERS)}")
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"schedule {schedule!r} is unknown; it must be one of {', '.join(SCHEDULES)}"
-        )
-    check_count("iterations", iterations)
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}; it must be from 0 to below 1")
-    return int(iterations)
+def _check_search(
+    update_mask: Pattern | str | None, search: str, mask: Tensor | None, metric: Metric,
+    iterations: int,
+) -> Pattern | None:  # fmt: skip
+    """The pattern in which the mask is chosen anew, if it is."""
+    check_choice("search", search, SEARCHES)
+    if update_mask is None:
+        if search != "score":
+            raise ValueError(f"search={search!r} needs update_mask, a pattern")
+        return None
+    if not isinstance(metric, Gram):
+        raise ValueError("update_mask needs metric=Gram(…)")
+    if mask is None:
+        raise ValueError("update_mask needs a mask to start from, but mask is None")
+    if iterations < 2:
+        raise ValueError(f"iterations is {iterations}; {AT_LEAST}")
+    return parse(update_mask)
 
 
 def _check_grids(
-    grid: Grid | None, factors: Grid | None, mask: Tensor | None, solver: str, schedule: str,
-    tolerance: float,
+    grid: Grid | None, factors: Grid | None, mask: Tensor | None, rank: int, solver: str,
+    schedule: str, tolerance: float,
 ) -> None:  # fmt: skip
     """Raise ValueError for an option without effect."""
     if grid is None:
@@ -322,6 +327,8 @@ def _check_grids(
         return
     if factors is not None and factors.group is not None:
         raise ValueError(f"factors is {factors}; their grid is of whole rows, as int8")
+    if factors is not None and not rank:
+        raise ValueError(f"factors={str(factors)!r} has no effect with rank 0; leave it out")
     given = (
         ("solver", solver, "fast"),
         ("schedule", schedule, "paper"),

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from slr.matrix.checks import check_count
+from slr.matrix.checks import check_count, check_number, check_share
 from slr.matrix.metric import Diagonal, Gram, Metric
 from slr.matrix.pruners import Known, Task
 from slr.matrix.pruners import Step as Either
 from slr.matrix.pruning import Pruned
-from slr.matrix.result import Refined, Step
+from slr.matrix.result import Refined
 from slr.matrix.rounding import Grid, as_grid
 from slr.matrix.statistics import GramStatistic
 
@@ -46,8 +46,14 @@ class Repair(Either):
             raise ValueError("rank and rank_ratio are both given; give one")
         if self.rank is not None:
             check_count("rank", self.rank, "(or refine='none')")
-        if self.rank_ratio is not None and not 0 < self.rank_ratio <= 1:
-            raise ValueError(f"rank_ratio is {self.rank_ratio}; it must be above 0 and at most 1")
+            object.__setattr__(self, "rank", int(self.rank))
+        if self.rank_ratio is not None:
+            check_number("rank_ratio", self.rank_ratio)
+            if not 0 < self.rank_ratio <= 1:
+                raise ValueError(
+                    f"rank_ratio is {self.rank_ratio}; it must be above 0 and at most 1"
+                )
+            object.__setattr__(self, "rank_ratio", float(self.rank_ratio))
 
     def resolved(self, hidden_size: int) -> Repair:
         """The same with a definite rank, for a model of this hidden size."""
@@ -90,15 +96,8 @@ class Iterated(Repair):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("iterations", self.iterations)
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}; it must be from 0 to below 1")
-
-    def settled(self, steps: list[Step]) -> bool:
-        """Whether the last step lowered the error by too little to go on."""
-        if not self.tolerance or len(steps) < 2:
-            return False
-        before, now = steps[-2].error, steps[-1].error
-        return before - now < self.tolerance * before
+        check_share("tolerance", self.tolerance)
+        object.__setattr__(self, "iterations", int(self.iterations))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ Book: chapter 5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from slr.matrix.rounding import Rounded
 
-__all__ = ["Coded", "Refined", "Step"]
+__all__ = ["Coded", "Refined", "Step", "settled"]
 
 
 class Step(NamedTuple):
@@ -24,6 +25,19 @@ class Step(NamedTuple):
 
     rank: int
     error: float
+
+
+def settled(steps: Sequence[Step], tolerance: float) -> bool:
+    """Whether the last step lowered the error by less than this share of it; 0 never settles.
+
+    Cost: none.
+
+    >>> settled([Step(1, 2.0), Step(1, 1.9)], 0.1)
+    True
+    """
+    if not tolerance or len(steps) < 2:
+        return False
+    return steps[-2].error - steps[-1].error < tolerance * steps[-2].error
 
 
 class Coded(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slr.matrix.checks import check_matrix
+from slr.matrix.checks import check_integer, check_matrix
 
 __all__ = ["Grid", "Levels", "Rounded", "as_grid"]
 
@@ -71,7 +71,7 @@ class Grid:
             that of a whole row is, and that of a group is not.
 
     Raises:
-        ValueError: out of range.
+        ValueError, TypeError: out of range, or no integers; whole rows that are not symmetric.
 
     Source: round to nearest, the baseline of GPTQ (Frantar et al. 2023) and every later paper.
 
@@ -86,12 +86,16 @@ class Grid:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
+        check_integer("bits", self.bits)
+        check_integer("group", 2 if self.group is None else self.group)
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits is {self.bits}; it must be from 2 to 8")
         if self.group is not None and self.group < 2:
             raise ValueError(f"group is {self.group}; it must be 2 or more")
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self.group is None)
+        if self.group is None and not self.symmetric:
+            raise ValueError("a grid of whole rows has no offset; give a group, or symmetric=True")
 
     @classmethod
     def parse(cls, text: str) -> Grid:
@@ -198,6 +202,8 @@ def as_grid(grid: Grid | str | None) -> Grid | None:
     >>> as_grid("int4 by 64")
     Grid(bits=4, group=64, symmetric=False)
     """
+    if grid is not None and not isinstance(grid, str | Grid):
+        raise TypeError(f"a grid is {grid!r}; it must be a Grid or its name, as 'int4 by 64'")
     return Grid.parse(grid) if isinstance(grid, str) else grid
 
 

@@ -14,13 +14,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from slr.matrix.checks import check_choice
 from slr.matrix.gram import aimed
 from slr.matrix.metric import Gram
 from slr.matrix.patterns import Pattern
 from slr.matrix.pcp import pcp_repair
 from slr.matrix.pruners import PRUNERS, Known, Pruner, Statistic, Step, Task
 from slr.matrix.pruning import Pruned
-from slr.matrix.refinement import SCHEDULES, refine, svd_repair
+from slr.matrix.refinement import AT_LEAST, SCHEDULES, refine, svd_repair
 from slr.matrix.repair import Gridded, Iterated, Repair
 from slr.matrix.result import Refined
 from slr.matrix.rivals import OATS, HASSLEFree, SLiM, ThreeBASiL
@@ -48,10 +49,7 @@ class Weights(Gridded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule {self.schedule!r} is unknown; it must be one of {', '.join(SCHEDULES)}"
-            )
+        check_choice("schedule", self.schedule, SCHEDULES)
         if self.tolerance and self.schedule == "paper":
             raise ValueError(
                 f"tolerance {self.tolerance:g} has no effect with schedule='paper', whose ramp is "
@@ -99,6 +97,8 @@ class Outputs(Gridded):
             raise ValueError(
                 f"update_mask is {self.update_mask!r}; it must be 'admm', true (by score) or false"
             )
+        if self.update_mask and self.iterations < 2:
+            raise ValueError(f"iterations is {self.iterations}; {AT_LEAST}")
 
     def aim(self, task: Task) -> Tensor:
         """W, or with `asymmetric` what makes up for the inputs too; see :func:`aimed`."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from slr.matrix.checks import check_count, check_seqlen
+from slr.matrix.checks import check_count
 from slr.model.block import LayerReport
+from slr.model.checks import check_seed, check_seqlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ class System(ABC):
         budget: share of the parameters of the decoder blocks' linear layers to keep.
         steps: of training, or masks to try.
         samples: windows of text to learn from, seen again if there are more steps.
-        seqlen: tokens in each; the model's longest context, 2048 at most, when ``None``.
+        seqlen: tokens in each; the model's longest context, 1024 at most, when ``None``.
         seed: of masks and of the order of the windows.
 
     Raises:
@@ -52,6 +53,7 @@ class System(ABC):
             check_count("samples", self.samples)
         if self.seqlen is not None:
             check_seqlen(self.seqlen)
+        check_seed(self.seed)
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from slr.matrix.checks import check_choice
 from slr.matrix.patterns import Unstructured
 from slr.matrix.rounding import as_grid
 from slr.matrix.statistics import NormStatistic
@@ -105,8 +106,7 @@ def by_energy(spectra: Sequence[Tensor], costs: Sequence[int], rank: int) -> lis
 
 def check_way(by: str, recipe: Recipe) -> None:
     """Raise ValueError if there is no such way, or nothing in the recipe that it could move."""
-    if by not in WAYS:
-        raise ValueError(f"by={by!r} is unknown; it must be one of {', '.join(WAYS)}")
+    check_choice("by", by, WAYS)
     pattern = recipe.pattern
     if by == "owl" and not (isinstance(pattern, Unstructured) and 0 < pattern.density < 1):
         raise ValueError(

@@ -36,9 +36,11 @@ def compute_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype
 
 @contextmanager
 def computing(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While open, the floating parameters of a module are in a dtype that is no narrower.
+    """While open, the floating parameters of a module are in `dtype`.
 
     Afterwards they are, bit for bit, what they were.
+
+    Memory: those that `dtype` does not hold exactly are kept beside.
 
     >>> lin = nn.Linear(2, 2).bfloat16()
     >>> with computing(lin, torch.float32):
@@ -47,13 +49,13 @@ def computing(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     >>> lin.weight.dtype
     torch.bfloat16
     """
-    widened = [
-        (p, p.dtype) for p in module.parameters() if p.is_floating_point() and p.dtype != dtype
-    ]
+    others = [p for p in module.parameters() if p.is_floating_point() and p.dtype != dtype]
+    exact = [torch.promote_types(p.dtype, dtype) == dtype for p in others]
+    were = [p.data if not same else p.dtype for p, same in zip(others, exact, strict=True)]
     try:
-        for parameter, _ in widened:
+        for parameter in others:
             parameter.data = parameter.data.to(dtype)
         yield
     finally:
-        for parameter, own in widened:
-            parameter.data = parameter.data.to(own)
+        for parameter, was in zip(others, were, strict=True):
+            parameter.data = parameter.data.to(was) if isinstance(was, torch.dtype) else was

@@ -6,6 +6,7 @@ Book: chapter 5.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from slr.layer.linear import SLRLinear
 from slr.layer.rounded import layer_of
+from slr.matrix.assembly import unit_of
 from slr.matrix.filled import row_blocks
 from slr.matrix.metric import relative
 from slr.matrix.pruners import Known, Magnitude
@@ -284,18 +286,22 @@ def measure(weight: Tensor, made: Compressed, known: Known | None = None) -> Err
     Cost: a few passes; with ``gram`` 4 m n² FLOPs.
     """
     refined, gram = made.refined, None if known is None else known.gram
+    unit, loud = unit_of(weight), 1.0  # squares stay in range; the shares have no unit
+    if gram is not None:
+        loud = 2.0 ** (math.log2(unit_of(gram)) // 2)
     whole = pruned = rest = signal = noise = 0.0
     for rows in row_blocks(weight):
-        W = weight[rows].float()
-        E = W - refined.sparse[rows].float()
-        E -= refined.B[rows].float() @ refined.A.float()
-        left = W - made.pruned.weight[rows].float()
+        W = weight[rows].float() / unit
+        E = W - refined.sparse[rows].float() / unit
+        E -= (refined.B[rows].float() / unit) @ refined.A.float()
+        left = W - made.pruned.weight[rows].float() / unit
         whole += float(W.square().sum(dtype=torch.float64))
         pruned += float(left.square().sum(dtype=torch.float64))
         rest += float(E.square().sum(dtype=torch.float64))
         if gram is not None:
-            T = made.target[rows].float()
+            T = made.target[rows].float() / unit
             E += T - W
+            T, E = T / loud, E / loud
             signal += float(((T @ gram) * T).sum(dtype=torch.float64))
             noise += float(((E @ gram) * E).sum(dtype=torch.float64))
     output = None if gram is None else relative(max(0.0, noise), signal) ** 0.5

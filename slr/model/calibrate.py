@@ -191,7 +191,12 @@ def observe(
     """While open, collect a statistic of the inputs of each of the named linear layers.
 
     Layers that are given the same tensor (query, key and value; gate and up) share one.
+
+    Raises:
+        ValueError: there are no layers.
     """
+    if not linears:
+        raise ValueError("linears is empty; give the layers to look at, by name")
     device = next(iter(linears.values())).weight.device
     found: dict[str, NormStatistic | GramStatistic] = {}
     leaders: dict[str, str] = {}  # whose statistic a layer shares, having the same input

@@ -6,15 +6,25 @@ Book: chapter 5.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.pruners import Pruner, step_of
+from slr.matrix.rounding import Grid
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
 
-__all__ = ["STEPS", "check_names", "check_steps", "plain", "regrouped", "repair_of"]
+__all__ = [
+    "CALLED", "STEPS", "check_names", "check_steps", "plain", "plainly", "regrouped", "repair_of",
+    "without_effect",
+]  # fmt: skip
 
 STEPS = ("prune", "pattern", "refine")
+CALLED = {  # what the result of a repair is called; else refined
+    "svd": "SVD repair", "eora": "EoRA repair", "pcp": "PCP", "gptq": "GPTQ", "oats": "OATS",
+    "slim": "SLiM-LoRA", "hassle": "HASSLE-free", "3basil": "3BASiL", "cap": "CAP",
+    "losparse": "LoSparse",
+}  # fmt: skip
 
 
 def check_names(skip: Any, overrides: Any) -> None:
@@ -82,8 +92,40 @@ def plain(options: Mapping) -> dict:
     for name, value in options.items():
         if isinstance(value, Pruner | Repair | NoRepair):
             found |= {k: v for k, v in value.options().items() if v is not None}
-        found[name] = str(value) if name in STEPS else value
+        found[name] = str(value) if name in STEPS or isinstance(value, Grid) else plainly(value)
     return found
+
+
+def plainly(value: Any) -> Any:
+    """A number of numpy as one of Python, which JSON can hold; all else as it is.
+
+    >>> plainly(True), plainly("2:4")
+    (True, '2:4')
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if hasattr(value, "__index__") else float(value)
+
+
+def without_effect(options: Mapping, wanted: Mapping, pattern: Pattern) -> dict:
+    """The options that a layer takes over, without those that its override makes void.
+
+    Args:
+        options: of the repair that all layers have.
+        wanted: of the override.
+        pattern: of the layer.
+
+    >>> without_effect({"schedule": "accelerated", "rank": 2}, {"values": "int8"}, parse("2:4"))
+    {'rank': 2}
+    """
+    void = {"rank", "rank_ratio"} if {"rank", "rank_ratio"} & set(wanted) else set()
+    if wanted.get("values") is not None:
+        void |= {"schedule", "tolerance"}
+    elif "values" in wanted:
+        void |= {"factors"}
+    if pattern.density == 1:
+        void |= {"update_mask"}
+    return {name: value for name, value in options.items() if name not in void}
 
 
 def regrouped(pattern: Any, group: str | None) -> Pattern:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from slr.matrix.checks import check_count, check_seqlen
+from slr.matrix.checks import check_count
+from slr.model.checks import check_seqlen
 from slr.model.embedded import corpus, documents, held_out
 from slr.model.mixture import general
 
@@ -123,6 +124,9 @@ def unseen(source: str, tokenizer, seqlen: int, count: int, seed: int = 0) -> to
 
     Returns:
         int64 (count, seqlen); ``None`` if the text is too short to hold any of it out.
+
+    Raises:
+        ValueError: the text is shorter than one window.
     """
     if source == "c4":
         return _of_c4("validation", tokenizer, seqlen, count, seed)

@@ -154,9 +154,19 @@ def share(
     for part in (S, B, A, bits):
         if part.numel():
             dist.broadcast(part.data, owner)
-    box = [errors, None if refined is None else refined.coded]
+    box = [errors, None if refined is None else _moved(refined.coded, "cpu")]
     dist.broadcast_object_list(box, owner)
-    return Refined(S.data, B.data, A.data, (), bits.bool(), box[1]), box[0]
+    coded = _moved(box[1], like.device)  # not where the owner has it
+    return Refined(S.data, B.data, A.data, (), bits.bool(), coded), box[0]
+
+
+def _moved(part: Any, device: Any) -> Any:
+    """Named tuples of tensors, on a device."""
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, tuple):
+        return type(part)(*(_moved(each, device) for each in part))
+    return part
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from slr.matrix.patterns import parse
+from slr.matrix.rounding import Grid
 from slr.model import hf
 
 __all__ = [
@@ -74,6 +76,10 @@ def or_none(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or kind(value)
 
 
+def _all(value: Any, kind: Callable[[Any], bool]) -> bool:
+    return is_mapping(value) and all(map(kind, value.values()))
+
+
 def _shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(is_whole(v) and v for v in value)
 
@@ -85,7 +91,24 @@ ABOUT = {
     "source": ("a name or null", or_none(is_text)),
     "recipe": ("a mapping", is_mapping),
     "calibration": ("a mapping or null", or_none(is_mapping)),
-    "layers": ("a mapping", is_mapping),
+    "layers": ("a mapping of at least one layer", lambda value: is_mapping(value) and bool(value)),
+}
+WINDOWS = {
+    "text": ("a name", is_text),
+    "windows": ("a whole number", is_whole),
+    "seqlen": ("a whole number", is_whole),
+}
+MEASURED = {
+    **WINDOWS,
+    "perplexity": ("numbers or null, by name", lambda value: _all(value, or_none(is_number))),
+    "sample": ("words by name, or null", or_none(lambda value: _all(value, is_text))),
+}
+TUNED = {
+    "passes": ("a whole number", is_whole),
+    "divergence": (
+        "numbers or null",
+        lambda value: isinstance(value, list) and any(map(is_number, value)),
+    ),
 }
 ORIGIN = {
     "folder": ("a path or null", or_none(is_text)), "fingerprint": ("a mapping", is_mapping)
@@ -96,8 +119,8 @@ LAYER = {
     "rank": ("a whole number", is_whole),
     "kept": ("a whole number", is_whole),
     "bias": ("true or false", lambda value: isinstance(value, bool)),
-    "pruned_error": ("a number", is_number),
-    "error": ("a number", is_number),
+    "pruned_error": ("a number or null", or_none(is_number)),
+    "error": ("a number or null", or_none(is_number)),
     "output_error": ("a number or null", or_none(is_number)),
 }
 
@@ -162,6 +185,22 @@ def check_config(raw: Any, file: Path) -> dict:
     check_entries(f"{where}.'recipe'", about["recipe"], {"refine": ("a name", is_text)})
     if about.get("origin") is not None:
         check_entries(f"{where}.'origin'", about["origin"], ORIGIN)
+    for name, entries in (("calibration", WINDOWS), ("measured", MEASURED), ("tuned", TUNED)):
+        if about.get(name) is not None:
+            check_entries(f"{where}.{name!r}", about[name], entries)
     for name, layer in about["layers"].items():
         check_entries(f"{where}.'layers'.{name!r}", layer, LAYER)
+        _check_names(f"{where}.'layers'.{name!r}", layer)
     return raw
+
+
+def _check_names(where: str, layer: dict) -> None:
+    """Raise ValueError unless a pattern and grids are names of some."""
+    if layer.get("factors") is not None and layer.get("grid") is None:
+        raise ValueError(f"{where} has 'factors' but no 'grid'")
+    for key, read in (("pattern", parse), ("grid", Grid.parse), ("factors", Grid.parse)):
+        if layer.get(key) is not None:
+            try:
+                read(str(layer[key]))
+            except ValueError as error:
+                raise ValueError(f"{where}: {key!r}: {error}") from None

@@ -83,7 +83,10 @@ class SLRLoraLinear(Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged adapters out again; the layer is as it was, bit for bit."""
+        """Take all merged adapters out again: B, A and bias have the values they had, bit for bit.
+
+        Factors that were codes stay the numbers which :meth:`merge` has made of them.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

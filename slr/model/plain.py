@@ -38,8 +38,8 @@ def rounded(module: nn.Module, grid: Grid) -> Iterator[nn.Module]:
     True
     """
     own = {layer: layer.weight.data for layer in module.modules() if isinstance(layer, nn.Linear)}
-    round_linears(module, grid)
     try:
+        round_linears(module, grid)
         yield module
     finally:
         for layer, weight in own.items():

@@ -11,13 +11,23 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from slr.matrix.checks import check_count, check_seqlen
+from slr.matrix.checks import check_choice, check_count
 from slr.matrix.patterns import Pattern, Unstructured, parse
 from slr.matrix.pruners import PRUNERS, Pruner, named, options_of, step_of
 from slr.matrix.rounding import Grid
 from slr.matrix.statistics import GramStatistic, NormStatistic
 from slr.matrix.steps import REPAIRS, NoRepair, Repair
-from slr.model.choices import STEPS, check_names, check_steps, plain, regrouped, repair_of
+from slr.model.checks import check_seed, check_seqlen
+from slr.model.choices import (
+    STEPS,
+    check_names,
+    check_steps,
+    plain,
+    plainly,
+    regrouped,
+    repair_of,
+    without_effect,
+)
 
 __all__ = ["PRESETS", "Recipe"]
 
@@ -143,14 +153,10 @@ class Recipe:
     ) -> None:
         overrides = {} if overrides is None else overrides
         check_names(skip, overrides)
-        if prepare not in PREPARATIONS:
-            raise ValueError(
-                f"prepare {prepare!r} is unknown; it must be one of {', '.join(PREPARATIONS)}"
-            )
+        check_choice("prepare", prepare, PREPARATIONS)
         if tune != 0:
             check_count("tune", tune)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed is {seed!r}; it must be an integer")
+        check_seed(seed)
         given = (
             rank, rank_ratio, iterations, schedule, tolerance, update_mask, asymmetric,
             *(None if grid is None else str(grid) for grid in (values, factors)),
@@ -159,7 +165,7 @@ class Recipe:
         pruner, pattern = step_of("prune", prune, PRUNERS, {}), parse(pattern, group)
         self._set(
             prune=pruner, pattern=pattern, refine=repair_of(pruner, pattern, refine, options),
-            prepare=prepare, tune=tune, seed=seed, skip=tuple(skip),
+            prepare=prepare, tune=int(tune), seed=int(seed), skip=tuple(skip),
             overrides={name: plain(wanted) for name, wanted in overrides.items()},
         )  # fmt: skip
         self._checked()
@@ -174,7 +180,7 @@ class Recipe:
                     f"{name}={value} has no effect with prune={str(self.prune)!r} and "
                     f"refine={str(self.refine)!r}, which read no data; leave it out"
                 )
-        self._set(samples=samples, seqlen=seqlen)
+        self._set(samples=plainly(samples), seqlen=plainly(seqlen))
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -288,13 +294,12 @@ class Recipe:
             else:  # the rank is the model's, whatever the repair
                 fit = options_of(named("refine", refine, REPAIRS))
                 kept = {k: v for k, v in kept.items() if k in fit and k.startswith("rank")}
-            if {"rank", "rank_ratio"} & set(wanted):
-                kept = {k: v for k, v in kept.items() if k not in ("rank", "rank_ratio")}
+            pattern = regrouped(options.get("pattern", self.pattern), options.get("group"))
+            kept = without_effect(kept, wanted, pattern)
             return self._with(
                 prune=step_of("prune", options.get("prune", self.prune), PRUNERS, {}),
-                pattern=regrouped(options.get("pattern", self.pattern), options.get("group")),
-                refine=step_of("refine", refine, REPAIRS, {**kept, **wanted}),
-            )._checked()
+                pattern=pattern, refine=step_of("refine", refine, REPAIRS, {**kept, **wanted}),
+            )._checked()  # fmt: skip
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
 

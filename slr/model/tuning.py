@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from slr.layer.linear import SLRLinear
 from slr.layer.rounded import RoundedLinear, layer_of
 from slr.matrix.result import Coded, Refined
-from slr.matrix.rounding import Levels
+from slr.matrix.rounding import Levels, Rounded
 from slr.model import distributed
 from slr.model.calibrate import BlockInputs
 
@@ -90,13 +90,17 @@ class _Tuned(_Part):
 
 
 class _TunedCodes(_Part):
-    """A :class:`RoundedLinear`, of which scales and factors are trained; codes stay."""
+    """A :class:`RoundedLinear`, of which scales and factors are trained; codes stay.
+
+    Without gradients, as where windows are held out, it computes what :meth:`layer` would.
+    """
 
     levels: Tensor
     mask: Tensor
 
     def __init__(self, layer: RoundedLinear) -> None:
         super().__init__()
+        self.was = [layer]  # no submodule
         self.pattern, self.factors, self.rounded = layer.pattern, layer.factors, layer.rounded()
         _, zero = self.rounded.levels.spread(layer.grid, layer.in_features)
         self.register_buffer("mask", layer.mask.clone())
@@ -113,16 +117,36 @@ class _TunedCodes(_Part):
         width = self.rounded.grid.group or n
         return self.levels * self.scale.repeat_interleave(width, 1)[:, :n]
 
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        coded = self.coded()
+        S = coded.sparse.values() * self.mask if self.fixed is None else self.fixed
+        B = self.B if coded.B is None else coded.B.values().T
+        A = self.A if coded.A is None else coded.A.values()
+        return linear(x, S, self.bias) + linear(linear(x, A), B)
+
+    def coded(self) -> Coded:
+        """What was learnt, as it is stored."""
+        scale = self.scale.data.clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().float()
+        S = self.rounded._replace(levels=Levels(scale, self.rounded.levels.zero))
+        if self.factors is None or not len(self.A):
+            return Coded(S)
+        return Coded(S, *(self._codes(name) for name in "BA"))
+
+    def _codes(self, name: str) -> Rounded:
+        """Of A, or of B the transpose; those that it came with if it has not moved."""
+        now, was = getattr(self, name).data, self.was[0]
+        if torch.equal(now, getattr(was, name).to(now)):
+            return was.coded_factor(name)
+        assert self.factors is not None
+        return self.factors.rounded(now.T.contiguous() if name == "B" else now)
+
     def layer(self, dtype: torch.dtype) -> SLRLinear:
         """What was learnt, packed."""
-        scale = self.scale.data.clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().float()
-        levels = Levels(scale, self.rounded.levels.zero)
-        S, (B, A) = self.rounded._replace(levels=levels), (self.B.data, self.A.data)
-        coded = Coded(S)
-        if self.factors is not None and A.shape[0]:
-            coded = Coded(S, self.factors.rounded(B.T.contiguous()), self.factors.rounded(A))
+        coded, B, A = self.coded(), self.B.data, self.A.data
         bias = None if self.bias is None else self.bias.data.to(dtype)
-        values = (S.values() * self.mask).to(dtype)
+        values = (coded.sparse.values() * self.mask).to(dtype)
         refined = Refined(values, B.to(dtype), A.to(dtype), (), self.mask, coded)
         return layer_of(refined, bias, pattern=self.pattern)
 
@@ -200,6 +224,7 @@ def trainable(block: nn.Module, fixed: torch.dtype | None = None) -> Iterator[li
     layers = {name: m for name, m in block.named_modules() if isinstance(m, SLRLinear)}
     were: dict[nn.Parameter, tuple[torch.dtype, bool]] = {}
     kinds = {name: layer.dtype for name, layer in layers.items()}
+    flags = {name: _flags(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         kind = _TunedCodes if isinstance(layer, RoundedLinear) else _Tuned
         block.set_submodule(name, kind(layer))  # type: ignore[arg-type]
@@ -229,7 +254,14 @@ def trainable(block: nn.Module, fixed: torch.dtype | None = None) -> Iterator[li
         for name, dtype in kinds.items():
             tuned = block.get_submodule(name)
             assert isinstance(tuned, _Tuned | _TunedCodes)
-            block.set_submodule(name, tuned.layer(dtype))
+            layer = tuned.layer(dtype)
+            for own, trained in flags[name].items():
+                layer.get_parameter(own).requires_grad_(trained)
+            block.set_submodule(name, layer)
+
+
+def _flags(layer: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
 
 
 def _loss(block: nn.Module, index: int, inputs: BlockInputs, window: int) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slr.chapters.drawings import breaking, repairing, running, whole
+from slr.matrix.checks import check_choice
 
 if TYPE_CHECKING:
     from IPython.display import SVG
@@ -35,8 +36,7 @@ def drawn(name: str) -> str:
     >>> drawn("areas")[:4]
     '<svg'
     """
-    if name not in DRAWINGS:
-        raise ValueError(f"drawing {name!r} is unknown; it must be one of {', '.join(DRAWINGS)}")
+    check_choice("drawing", name, DRAWINGS)
     return DRAWINGS[name]()
 
 

@@ -23,7 +23,7 @@ from slr.matrix.patterns import Pattern
 from slr.matrix.pruners import Statistic, Task
 from slr.matrix.pruning import Pruned, inverse_factor, sweep
 from slr.matrix.repair import Iterated
-from slr.matrix.result import Refined, Step
+from slr.matrix.result import Refined, Step, settled
 from slr.matrix.rivals.exact import projected
 from slr.matrix.statistics import GramStatistic
 
@@ -76,6 +76,6 @@ class HASSLEFree(Iterated):
             rest = W - S
             B, A, error = projected(rest, rest @ root, self._definite())
             steps.append(Step(len(A), error * loud**0.5))
-            if self.settled(steps):
+            if settled(steps, self.tolerance):
                 break
         return assemble(weight, mask, (B, A), steps, metric, lambda rows: S[rows])

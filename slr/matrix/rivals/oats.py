@@ -23,7 +23,7 @@ from slr.matrix.patterns import Pattern
 from slr.matrix.pruners import Statistic, Task
 from slr.matrix.pruning import Pruned
 from slr.matrix.repair import Iterated
-from slr.matrix.result import Refined, Step
+from slr.matrix.result import Refined, Step, settled
 from slr.matrix.rivals.exact import projected
 from slr.matrix.statistics import NormStatistic
 
@@ -75,7 +75,7 @@ class OATS(Iterated):
             S = rest * mask
             missed = rest.sub_(S).square().sum(dtype=torch.float64).sqrt()
             steps.append(Step(len(A), float(missed)))
-            if self.settled(steps):
+            if settled(steps, self.tolerance):
                 break
         A = A * back
         return assemble(weight, mask, (B, A), steps, metric, lambda rows: W[rows] - B[rows] @ A)

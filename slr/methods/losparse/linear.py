@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from slr.matrix.accounting import Account
-from slr.matrix.checks import check_matrix
+from slr.matrix.checks import check_choice, check_matrix
 from slr.matrix.lowrank import truncated_svd
+from slr.model.account import Account
 
 __all__ = ["MODES", "LoSparseLinear", "account", "convert", "layers", "remaining_ratio"]
 
@@ -76,8 +76,7 @@ class LoSparseLinear(nn.Module):
 
         Cost: one SVD.  Source: Li et al. 2023, algorithm 1.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is unknown; it must be one of {', '.join(MODES)}")
+        check_choice("mode", mode, MODES)
         if mode != "itp" and not 0 < rank_ratio < 1:
             raise ValueError(f"rank_ratio is {rank_ratio}; it must be above 0 and below 1")
         W = dense.weight.detach()

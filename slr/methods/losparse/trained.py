@@ -14,10 +14,10 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from slr.layer.linear import SLRLinear
-from slr.matrix.accounting import Account
 from slr.matrix.metric import relative
 from slr.methods.losparse.linear import LoSparseLinear, account, layers
 from slr.methods.losparse.pruner import Pruner
+from slr.model.account import Account
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
