@@ -47,7 +47,7 @@ def fault(name: str, chapters: tuple[int, ...], file: str, *changes: tuple[str, 
 
 MASKS = [
     fault("magnitude keeps the smallest", (1,), "matrix/pruning.py",
-          ("scores = weight.abs().float()", "scores = -weight.abs().float()")),
+          ("scores = weight.abs()", "scores = -weight.abs()")),
     fault("a mask of scores shifted by one column", (1, 3), "matrix/pruning.py",
           ("mask = pattern.chosen(scores)", "mask = pattern.chosen(scores).roll(1, 1)")),
     fault("n:m keeps the smallest", (2,), "matrix/patterns.py",
@@ -76,11 +76,11 @@ MASKS = [
 ]  # fmt: skip
 
 COUNTS = [
-    fault("2:4 without the bytes of its places", (1,), "matrix/accounting.py",
+    fault("2:4 without the bytes of its places", (1,), "model/account.py",
           ("stored = m * n * (width / 2 + 1 / 8)", "stored = m * n * width / 2")),
-    fault("a bitmask that takes no bytes", (2,), "matrix/accounting.py",
+    fault("a bitmask that takes no bytes", (2,), "model/account.py",
           ("stored = kept * width + m * n / 8", "stored = kept * width")),
-    fault("one factor is counted, not both", (1, 12), "matrix/accounting.py",
+    fault("one factor is counted, not both", (1, 12), "model/account.py",
           ("factors = rank * (m + n)", "factors = rank * m")),
     fault("a mask of codes that takes no bytes", (18, 19), "matrix/accounting.py",
           ("(mask if kept < m * n else 0)", "0")),

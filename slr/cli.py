@@ -186,6 +186,8 @@ def evaluate(
     if compare is False:
         opt.refuse(opt.given(source=source), "with --no-compare")
     folder = reports.folder_of(model)
+    if about(folder) is None:
+        opt.refuse(opt.given(compare=compare or None), f"on {model}, which is not compressed")
     if text is None:  # a text for a first look; others are read whole
         text, limit = "embedded", opt.WINDOWS if limit is None else limit
         seqlen = context(folder, opt.LONGEST) if seqlen is None else seqlen

@@ -90,8 +90,8 @@ Group = Annotated[str | None, Option(help="for a fraction: row | matrix (default
 Refine = Annotated[
     str | None,
     Option(
-        help=f"{' | '.join(REPAIRS)} (default: activations with --admm, or weights with "
-        "--schedule accelerated where the pruner reads no data)"
+        help=f"{' | '.join(REPAIRS)} (default: activations with --admm "
+        "and --asymmetric, or weights with --schedule accelerated where the pruner reads no data)"
     ),
 ]
 Rank = Annotated[int | None, Option(help="rank of the repair")]

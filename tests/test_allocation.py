@@ -137,7 +137,7 @@ def test_overrides_of_the_recipe_count_more(small):
 @pytest.mark.parametrize(
     ("by", "options", "why"),
     [
-        ("rows", {}, "by='rows' is unknown; it must be one of owl, energy"),
+        ("rows", {}, "by 'rows' is unknown; it must be one of owl, energy"),
         ("owl", {}, "pattern 2:4 fixes it"),
         ("owl", {"prune": "magnitude", "pattern": "0.5"}, "reads none; give prune='wanda'"),
         ("energy", {"refine": "none"}, "has none"),

@@ -76,7 +76,7 @@ def test_many_columns_are_taken_by_blocks():
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_descent_never_raises_the_error(m, n, bits, group, symmetric, masked, seed):
-    W, H, grid = matrix(m, n, seed), inputs(n, seed), Grid(bits, group, symmetric)
+    W, H, grid = matrix(m, n, seed), inputs(n, seed), Grid(bits, group, symmetric or group is None)
     mask = matrix(m, n, seed + 1) > 0 if masked else torch.ones(m, n, dtype=torch.bool)
     columns = Columns(H)
     now = feed_back(W, columns, grid, mask)

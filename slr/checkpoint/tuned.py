@@ -94,14 +94,7 @@ def tune(
     recipe = Recipe.from_dict(notes["recipe"])
     # A recipe that read no data has no windows of its own: the default ones are taken.
     asked = recipe if recipe.needs_data else Recipe()
-    text = calibration
-    if text is None and notes["calibration"] is not None:
-        text = notes["calibration"]["text"]
-        if not may_read(folder, notes):
-            raise ValueError(
-                f"{folder} was downloaded, and says that it was calibrated on {text!r}; name the "
-                "text to tune it on, by --calibration"
-            )
+    text = _text(folder, notes) if calibration is None else calibration
     windows, read = calibration_windows(dense, asked, text)
     assert windows is not None
     where, size = device or "cpu", sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -125,6 +118,19 @@ def tune(
         if distributed.rank() == 0:
             _write(journal, student, folder, dense, notes)
     return trace
+
+
+def _text(folder: Path, notes: dict) -> str | None:
+    """The text that a folder was calibrated on, if it may choose it."""
+    if notes["calibration"] is None:
+        return None
+    text = notes["calibration"]["text"]
+    if not may_read(folder, notes):
+        raise ValueError(
+            f"{folder} was downloaded, and says that it was calibrated on {text!r}; name the "
+            "text to tune it on, by --calibration"
+        )
+    return text
 
 
 def _measured(notes: dict, student: Any, dense: Path, recipe: Recipe) -> dict | None:

@@ -203,11 +203,9 @@ def reproduce(
     short = min(seqlen, spec.recipe.get("seqlen", seqlen))
     spec = replace(spec, model=model or spec.model, recipe={**spec.recipe, "seqlen": short})
     tokenizer = load_tokenizer(folder)
-    if text in (spec.text, Path(spec.text).name):
-        raise ValueError(f"text {text!r} is the table's own; give another, or leave --text out")
     texts = {
         name: data.windows(data.load_text(name), tokenizer, seqlen, spec.limit)
-        for name in (spec.text, *((text,) if text is not None else ()))
+        for name in _names(spec, text)
     }
     dtype = getattr(torch, spec.dtype) if device.startswith("cuda") else torch.float32
     same = {
@@ -226,8 +224,7 @@ def reproduce(
             if cell.recipe is not None and cell.recipe.needs_data:
                 asked = cell.recipe.samples, cell.recipe.seqlen, cell.recipe.seed
                 if asked not in drawn:
-                    found = calibration_windows(folder, cell.recipe, spec.calibration)
-                    drawn[asked] = found
+                    drawn[asked] = calibration_windows(folder, cell.recipe, spec.calibration)
                 calibration, what["calibration"] = drawn[asked]
             if fresh or not _there(cell.file(out), what, texts):
                 started = time.perf_counter()
@@ -249,6 +246,13 @@ def reproduce(
                 _write(cell.file(out), {**told, "what": what, "about": about}, texts, losses)
             bar.update()
     return grid(spec, out)
+
+
+def _names(spec: Spec, text: str | None) -> list[str]:
+    """The texts to evaluate on: the table's own, and another if it is named."""
+    if text in (spec.text, Path(spec.text).name):
+        raise ValueError(f"text {text!r} is the table's own; give another, or leave --text out")
+    return [spec.text] if text is None else [spec.text, text]
 
 
 def sizes(folder: Path, grid: Grid | None, reports: Sequence[LayerReport]) -> dict[str, int]:
@@ -307,8 +311,7 @@ def _there(file: Path, what: dict, texts: dict[str, Tensor]) -> bool:
             )
     known = told.get("also", {})
     return all(
-        known.get(Path(name).name, {}).get("sha256") == _digest(windows)["sha256"]
-        for name, windows in list(texts.items())[1:]
+        known.get(Path(n).name, {}).get("sha256") == digest(w) for n, w in list(texts.items())[1:]
     )
 
 
@@ -332,10 +335,9 @@ def _write(file: Path, told: dict, texts: dict[str, Tensor], losses: Tensor) -> 
         for (name, windows), part in zip(texts.items(), parts, strict=True)
     }
     own = found.pop(Path(next(iter(texts))).name)
-    if file.is_file():  # measured the same way, or the caller starts over
-        before = read_cell(file)
-        if json.loads(json.dumps(told["what"])) == before["what"]:
-            found = {**before.get("also", {}), **found}
+    before = read_cell(file) if file.is_file() else {"what": None}
+    if json.loads(json.dumps(told["what"])) == before["what"]:  # else the caller starts over
+        found = {**before.get("also", {}), **found}
     told |= {"perplexity": own["perplexity"], "losses": own["losses"], "also": found}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(told, indent=1, allow_nan=False) + "\n")

@@ -64,7 +64,7 @@ Tensor like(const Tensor& x, int64_t m) {
 // Layers that have x in common, while they are put together.
 class Together {
  public:
-  explicit Together(const Tensor& x) : x_(whole(x)), n_(x.size(-1)) {}
+  explicit Together(const Tensor& x) : x_(whole(x)), n_(x.size(-1)), kind_(kind_of(x)) {}
 
   Part& add(const Tensor& B, const Tensor& A, const Maybe& bias) {
     const char *b = hold(B), *a = hold(A), *add = bias ? hold(*bias) : nullptr;
@@ -86,7 +86,7 @@ class Together {
     if (parts_.empty()) return {};
     std::vector<char*> ys;
     for (const Tensor& y : ys_) ys.push_back(static_cast<char*>(y.data_ptr()));
-    slr_together(kind_of(x_), set_here(), torch::stable::get_num_threads(), x_.numel() / n_, n_,
+    slr_together(kind_, set_here(), torch::stable::get_num_threads(), x_.numel() / n_, n_,
                  int(parts_.size()), parts_.data(), at<char>(x_), ys.data());
     return std::move(ys_);
   }
@@ -102,6 +102,7 @@ class Together {
 
   const Tensor x_;
   const int64_t n_;
+  const int kind_;
   std::vector<Tensor> held_, ys_;
   std::vector<Part> parts_;
 };

@@ -70,6 +70,7 @@ def refine_rounded(
     Cost: a round takes 3 m n² + 12 m n q FLOPs with ``Gram``, q = k + 8, and an SVD without;
         `TRIED` rounds are taken twice.
 
+    >>> from slr.matrix.metric import Diagonal
     >>> W = torch.tensor([[1.0, 2.0, 3.1, 0.0], [2.0, 4.0, 6.0, 0.0]])
     >>> found = refine_rounded(W, None, Diagonal(torch.ones(4)), 1, Grid(4, 4), iterations=4,
     ...                        generator=torch.Generator().manual_seed(0))

@@ -48,12 +48,15 @@ def load_text(source: str, split: str = "validation") -> str:
     path = Path(source)
     if not path.is_file():
         raise ValueError(
-            f"text {source!r} is neither 'general', 'embedded', 'wikitext2' nor a text file"
+            f"text {source!r} is neither 'general', 'embedded', 'wikitext2' nor a text file (nor, "
+            "to calibrate on, 'c4')"
         )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"text {source!r} cannot be read: {error.strerror}") from None
 
 
 def hub_dataset(*args, **options):
