@@ -202,11 +202,7 @@ def reproduce(
     seqlen = context(folder, most=spec.seqlen)
     short = min(seqlen, spec.recipe.get("seqlen", seqlen))
     spec = replace(spec, model=model or spec.model, recipe={**spec.recipe, "seqlen": short})
-    tokenizer = load_tokenizer(folder)
-    texts = {
-        name: data.windows(data.load_text(name), tokenizer, seqlen, spec.limit)
-        for name in _names(spec, text)
-    }
+    texts = _texts(spec, text, folder, seqlen)
     dtype = getattr(torch, spec.dtype) if device.startswith("cuda") else torch.float32
     same = {
         "model": {"name": spec.model, **fingerprint(folder)},
@@ -248,11 +244,12 @@ def reproduce(
     return grid(spec, out)
 
 
-def _names(spec: Spec, text: str | None) -> list[str]:
-    """The texts to evaluate on: the table's own, and another if it is named."""
+def _texts(spec: Spec, text: str | None, folder: Path, seqlen: int) -> dict[str, Tensor]:
+    """Windows of the texts to evaluate on: the table's own, and another if it is named."""
     if text in (spec.text, Path(spec.text).name):
         raise ValueError(f"text {text!r} is the table's own; give another, or leave --text out")
-    return [spec.text] if text is None else [spec.text, text]
+    names, tokenizer = [spec.text, *([] if text is None else [text])], load_tokenizer(folder)
+    return {n: data.windows(data.load_text(n), tokenizer, seqlen, spec.limit) for n in names}
 
 
 def sizes(folder: Path, grid: Grid | None, reports: Sequence[LayerReport]) -> dict[str, int]:
@@ -335,7 +332,7 @@ def _write(file: Path, told: dict, texts: dict[str, Tensor], losses: Tensor) -> 
         for (name, windows), part in zip(texts.items(), parts, strict=True)
     }
     own = found.pop(Path(next(iter(texts))).name)
-    before = read_cell(file) if file.is_file() else {"what": None}
+    before: dict = read_cell(file) if file.is_file() else {"what": None}
     if json.loads(json.dumps(told["what"])) == before["what"]:  # else the caller starts over
         found = {**before.get("also", {}), **found}
     told |= {"perplexity": own["perplexity"], "losses": own["losses"], "also": found}
