@@ -71,7 +71,7 @@ def test_units_change_nothing(units):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("iterations", [2, 7])
+@pytest.mark.parametrize("iterations", [1, 2, 7])
 def test_a_few_iterations_will_do(iterations):
     start = slr.prune(W, "magnitude", "2:4").mask
     found = slr.refine(

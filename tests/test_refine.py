@@ -487,7 +487,6 @@ def test_what_is_given_is_looked_at_once(monkeypatch):
     ("options", "says"),
     [
         ({"mask": None, "grid": "int4"}, "needs a mask to start from"),
-        ({"iterations": 1}, "it must be at least 2"),
         ({"update_mask": "nonsense"}, "neither n:m"),
         ({"search_dtype": torch.int8, "update_mask": None}, "search_dtype is torch.int8"),
     ],

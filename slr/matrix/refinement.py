@@ -62,7 +62,6 @@ SCHEDULES = ("paper", "constant", "accelerated")
 SOLVERS = ("fast", "exact")
 SEARCHES = ("score", "admm")
 ROUNDING = 1e-6  # of an error
-AT_LEAST = "where the mask is chosen anew (update_mask) it must be at least 2"
 
 
 def ramp(rank: int, iterations: int) -> list[int]:
@@ -123,7 +122,7 @@ def refine(
             from 2^20 entries on where the processor multiplies it several times faster; the
             errors agree to about 1e-5 of themselves.
         update_mask: with ``Gram`` only: a pattern, in which the mask is chosen anew; `mask` is
-            then where to start.
+            then where to start, and stays as it is if there is one iteration only.
         search: how: in the first half of the iterations by the ``"score"``, ``|W - B A| √diag(H)``,
             or by ``"admm"`` (:mod:`slr.matrix.admm`) in the first eight ninths, which then are not
             in the trace.
@@ -170,7 +169,7 @@ def refine(
     grid, factors = as_grid(grid), as_grid(factors)
     _check_grids(grid, factors, mask, rank, solver, schedule, tolerance)
     metric, weight = posed(weight, mask, rank, metric, coded=grid is not None)
-    pattern = _check_search(update_mask, search, mask, metric, iterations)
+    pattern = _check_search(update_mask, search, mask, metric)
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     if grid is not None:
         if pattern is not None:
@@ -296,8 +295,7 @@ def _iterate(
 
 
 def _check_search(
-    update_mask: Pattern | str | None, search: str, mask: Tensor | None, metric: Metric,
-    iterations: int,
+    update_mask: Pattern | str | None, search: str, mask: Tensor | None, metric: Metric
 ) -> Pattern | None:  # fmt: skip
     """The pattern in which the mask is chosen anew, if it is."""
     check_choice("search", search, SEARCHES)
@@ -309,8 +307,6 @@ def _check_search(
         raise ValueError("update_mask needs metric=Gram(…)")
     if mask is None:
         raise ValueError("update_mask needs a mask to start from, but mask is None")
-    if iterations < 2:
-        raise ValueError(f"iterations is {iterations}; {AT_LEAST}")
     return parse(update_mask)
 
 

@@ -21,7 +21,7 @@ from slr.matrix.patterns import Pattern
 from slr.matrix.pcp import pcp_repair
 from slr.matrix.pruners import PRUNERS, Known, Pruner, Statistic, Step, Task
 from slr.matrix.pruning import Pruned
-from slr.matrix.refinement import AT_LEAST, SCHEDULES, refine, svd_repair
+from slr.matrix.refinement import SCHEDULES, refine, svd_repair
 from slr.matrix.repair import Gridded, Iterated, Repair
 from slr.matrix.result import Refined
 from slr.matrix.rivals import OATS, HASSLEFree, SLiM, ThreeBASiL
@@ -97,8 +97,6 @@ class Outputs(Gridded):
             raise ValueError(
                 f"update_mask is {self.update_mask!r}; it must be 'admm', true (by score) or false"
             )
-        if self.update_mask and self.iterations < 2:
-            raise ValueError(f"iterations is {self.iterations}; {AT_LEAST}")
 
     def aim(self, task: Task) -> Tensor:
         """W, or with `asymmetric` what makes up for the inputs too; see :func:`aimed`."""
