@@ -379,13 +379,18 @@ def test_llama_cpp_computes_the_same(kind, folder, biased, tmp_path):
     model, tokenizer = slr.load(source, dtype=torch.float32), slr.load_tokenizer(source)
     text, texts = slr.data.corpus("validation"), list(helper["TEXTS"])
     prompts = slr.data.windows(text, tokenizer, 20, 3).tolist()
-    wanted = [helper["continued"](model, prompt, 12) for prompt in prompts]
-    for outtype, close in (("f32", 1e-4), ("f16", 0.01)):
+    # 16 bits round activations too: of 400,000 log-probabilities the worst moved by 0.02.
+    for outtype, close in (("f32", 1e-4), ("f16", 0.1)):
         out = slr.export(source, tmp_path / outtype, "gguf", outtype=outtype)
         ids, greedy, logs = helper["ask"](
             Path(NODE), out, texts, prompts, 12, model.config.vocab_size
         )
-        assert greedy == wanted
         assert ids == [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
         whole = [prompt + more for prompt, more in zip(prompts, greedy, strict=True)]
         assert helper["difference"](model, whole, logs)[0] < close
+        for prompt, more in zip(prompts, greedy, strict=True):
+            with torch.no_grad():
+                ours = model(torch.tensor([prompt + more])).logits[0, len(prompt) - 1 : -1]
+            chosen = ours.gather(1, torch.tensor(more)[:, None])[:, 0]
+            assert len(more) == 12
+            assert bool((chosen > ours.amax(1) - 2 * close).all())
