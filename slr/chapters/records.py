@@ -9,11 +9,12 @@ Book: chapters 7 to 12, 14 to 19.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["folder", "recorded", "runs"]
+__all__ = ["folder", "how", "recorded", "runs"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -66,3 +67,21 @@ def runs(name: str) -> Iterator[tuple[str, dict]]:
     """
     for file in sorted(folder().glob(f"*/{name}.json")):
         yield file.parent.name, json.loads(file.read_text(encoding="utf-8"))
+
+
+def how(record: dict) -> str:
+    """Date and commands of a record, folded to the width of a page; they stay fit for a shell.
+
+    >>> command = "slr compress tiny --out small" + 10 * " --quiet"
+    >>> print(how({"date": "2026-01-31", "commands": [command]}))
+    2026-01-31
+    slr compress tiny --out small --quiet --quiet --quiet --quiet --quiet \\
+        --quiet --quiet --quiet --quiet --quiet
+    """
+    lines = [record["date"]]
+    for command in record["commands"]:
+        folded = textwrap.wrap(
+            command, 72, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+        lines.append((" \\\n" if command.startswith("slr ") else "\n").join(folded))
+    return "\n".join(lines)
