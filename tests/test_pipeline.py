@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import slr
+from slr.checkpoint import exporting, finish, work
 from slr.checkpoint.exported import BASE
 from slr.checkpoint.exporting import export
 from slr.checkpoint.journal import Journal
@@ -274,6 +275,51 @@ def test_too_small_a_disk_is_said_beforehand(small, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="will need about"):
         slr.compress(small, slr.Recipe(**FAST), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def tensor_bytes(folder):
+    return sum(v.nbytes for f in folder.rglob("*.safetensors") for v in load_file(f).values())
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Bytes that were asked for, and those of all tensors whenever a file was added."""
+    asked, taken, add = [], [], Journal.add
+
+    def watched(journal, *arguments):
+        add(journal, *arguments)
+        taken.append(tensor_bytes(journal.folder))
+
+    monkeypatch.setattr(Journal, "add", watched)
+    for user in (work, exporting):
+        monkeypatch.setattr(user, "check_space", lambda need, out: asked.append(need))
+    return asked, taken
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("values", ["float", "int4 by 32"])
+def test_a_compression_asks_for_the_room_that_it_takes(
+    small, tmp_path, room, values, joined, monkeypatch
+):
+    asked, taken = room
+    monkeypatch.setattr(finish, "SMALL", 1e9 if joined else 0)
+    monkeypatch.setattr(work, "HELD_OUT", 4 if joined else 16)
+    options = {"values": values} if values != "float" else {}
+    recipe = slr.Recipe(**DATA | {"rank": 4, "seqlen": 64}, **options)
+    slr.compress(small, recipe, out=tmp_path / "out")
+    assert tensor_bytes(tmp_path / "out") < max(taken) <= asked[0] < 1.8 * max(taken)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("to", ["dense", "peft"])
+def test_an_export_asks_for_the_room_that_it_takes(small, tmp_path, room, to, joined, monkeypatch):
+    asked, taken = room
+    monkeypatch.setattr(finish, "SMALL", 1e9 if joined else 0)
+    slr.compress(small, slr.Recipe(**FAST, rank=4), out=tmp_path / "c")
+    asked.clear()
+    taken.clear()
+    export(tmp_path / "c", tmp_path / "out", to)
+    assert asked == [max(taken)]
 
 
 def spoil(source, how):

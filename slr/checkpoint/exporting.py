@@ -13,6 +13,7 @@ after the last whole file.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from slr.checkpoint import gguf_export
 from slr.checkpoint.digests import check_sums, fingerprint
 from slr.checkpoint.exported import BASE, peft_readme
-from slr.checkpoint.finish import WHOLE, add_small_files
+from slr.checkpoint.finish import WHOLE, add_small_files, while_joined
 from slr.checkpoint.folder import resolve, shard_name
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.place import target
@@ -88,9 +89,7 @@ def export(
             raise ValueError(f"folder {folder} has no low-rank part; export it --to dense")
     total = len(stream.blocks) + 1
     files = {stream.block(i)[0]: shard_name(i, total) for i in range(total - 1)}
-    width = stream.dtype.itemsize
-    dense = sum(width * la["shape"][0] * la["shape"][1] for la in layers.values())
-    check_space(dense + sum(file.stat().st_size for file in stream.files.files), out)
+    check_space(_size(stream, to), out)
     with Journal(out, key) as journal:
 
         def fill(name: str, block: nn.Module) -> None:
@@ -111,6 +110,20 @@ def export(
         config = hf.reveal(read_json(folder / "config.json"))
         del config["quantization_config"]
         return journal.finish(json.dumps(config, indent=1, allow_nan=False) + "\n")
+
+
+def _size(stream: Stream, to: str) -> int:
+    """Bytes that an export takes on the disk at most, other than to GGUF."""
+    assert stream.about is not None
+    layers, width = stream.about["layers"], stream.dtype.itemsize
+    base = sum(math.prod(layer["shape"]) for layer in layers.values())
+    base += sum(
+        math.prod(shape)
+        for name, (shape, _) in stream.files.headers().items()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    )
+    factors = sum(layer["rank"] * sum(layer["shape"]) for layer in layers.values())
+    return while_joined(width * base) + (width * factors if to == "peft" else 0)
 
 
 def _plain(name: str, block: nn.Module, to: str) -> dict[str, Tensor]:

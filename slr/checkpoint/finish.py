@@ -16,7 +16,7 @@ from slr.model import hf
 from slr.model.stream import Stream
 from slr.model.tensors import INDEX
 
-__all__ = ["WHOLE", "add_small_files", "complete"]
+__all__ = ["WHOLE", "add_small_files", "complete", "while_joined"]
 
 WHOLE = "model.safetensors"  # the one file of a model of at most
 SMALL = 1e9  # bytes
@@ -56,6 +56,15 @@ def _one_file(journal: Journal) -> None:
         journal.add(WHOLE, tensors, notes)
     for file in parts if WHOLE in journal else ():
         journal.remove(file)
+
+
+def while_joined(size: float) -> int:
+    """Bytes on the disk while tensor files of `size` bytes become one, if they do.
+
+    >>> while_joined(3_000_000), while_joined(3_000_000_000)
+    (6000000, 3000000000)
+    """
+    return int(2 * size if size <= SMALL else size)
 
 
 def complete(stream: Stream, journal: Journal, notes: dict) -> None:

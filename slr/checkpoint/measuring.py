@@ -48,9 +48,8 @@ def watched(work: Work) -> HeldOut | None:
     alone = all(isinstance(r.refine, NoRepair) for r in recipe.variants())
     kinds = tuple(k for k in KINDS if k != "pruned" or not (alone or distributed.world() > 1))
     return HeldOut(
-        stream.model, work.held, kinds=kinds, folder=work.journal.scratch,
-        dtype=compute_dtype(stream.dtype, stream.device),
-    )  # fmt: skip
+        stream.model, work.held, kinds=kinds, dtype=compute_dtype(stream.dtype, stream.device)
+    )
 
 
 def _file(index: int) -> str:

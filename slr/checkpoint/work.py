@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slr.checkpoint.digests import fingerprint, stamps
-from slr.checkpoint.finish import complete
+from slr.checkpoint.finish import complete, while_joined
 from slr.checkpoint.folder import context, load_tokenizer, resolve, small_files
 from slr.checkpoint.journal import Journal
 from slr.checkpoint.named import default_text
@@ -27,7 +27,10 @@ from slr.matrix.pruners import Like
 from slr.methods.blockwise import plan_layers
 from slr.methods.system import System
 from slr.model import data, distributed, hf
+from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport
+from slr.model.calibrate import IN_MEMORY
+from slr.model.heldout import KINDS
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
 
@@ -134,8 +137,10 @@ def look(
     if windows is not None:
         data.check_windows(windows, stream.config)
     small_files(source)
-    check_space(bytes_after(stream, layers), out)
     held = held_out(source, method, calibration)
+    size = bytes_after(stream, layers)
+    on_the_way = size + _on_the_way(stream, method, windows, held)
+    check_space(max(on_the_way, while_joined(size)), out)
     return Prospect(str(model), out, stream, windows, text, method, layers, held)
 
 
@@ -161,6 +166,23 @@ def begin(
         made = origin(source, journal.memory["source"]["sha256"])
         told = {field.name: getattr(seen, field.name) for field in fields(seen)}
         yield Work(**told, journal=journal, origin=made, masks=masks)
+
+
+def _on_the_way(
+    stream: Stream, method: Recipe | System, windows: Tensor | None, held: Tensor | None
+) -> int:
+    """Bytes of the hidden states that are on the disk while a recipe is carried out.
+
+    Those of held-out windows after a block and after the next, and of calibration windows where
+    they are too large for memory, of the dense model too if it is followed.
+    """
+    if not isinstance(method, Recipe):
+        return 0
+    state = stream.config.hidden_size * compute_dtype(stream.dtype, stream.device).itemsize
+    size = 0 if held is None else 2 * len(KINDS) * held.numel() * state
+    if windows is not None and windows.numel() * state > IN_MEMORY:
+        size += (1 + method.follows_dense) * windows.numel() * state
+    return size
 
 
 def _keyed(

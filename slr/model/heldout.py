@@ -9,7 +9,6 @@ Book: chapter 10.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +36,6 @@ class HeldOut:
         kinds: some of ``"dense"``, ``"pruned"``, ``"result"`` and the names of
             :data:`slr.model.plain.PLAIN`.
         dtype: to run blocks in.
-        folder: where large inputs may be kept on disk.
 
     Memory: the hidden states of all windows, once for each kind.
     """
@@ -49,10 +47,9 @@ class HeldOut:
         *,
         kinds: tuple[str, ...] = KINDS,
         dtype: torch.dtype | None = None,
-        folder: Path | None = None,
     ) -> None:
         self.windows = windows
-        first = first_inputs(model, windows, folder=folder, to_end=True, dtype=dtype)
+        first = first_inputs(model, windows, to_end=True, dtype=dtype)
         self.inputs = {
             kind: BlockInputs(first.hidden.clone(), first.rows, first.arguments, to_end=True)
             for kind in kinds
