@@ -211,8 +211,11 @@ def mask_anew(score: bool | None, admm: bool | None) -> bool | str | None:
 
 def refuse(options: dict, why: str) -> None:
     """Raise if an option was given that has no effect."""
-    for name in options:
-        raise ValueError(f"option --{name.replace('_', '-')} has no effect {why}; leave it out")
+    for name, value in options.items():
+        if name == "update_mask" and value == "admm":
+            name = "admm"
+        told = {"overrides": "override"}.get(name, name).replace("_", "-")
+        raise ValueError(f"option --{told} has no effect {why}; leave it out")
 
 
 def dtype_of(name: str) -> torch.dtype:

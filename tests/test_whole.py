@@ -182,6 +182,9 @@ def test_from_the_command_line(small, tmp_path):
     ("options", "says"),
     [
         (["--method", "cap", "--rank", "4"], "--rank has no effect with --method cap"),
+        (["--method", "cap", "--admm"], "--admm has no effect with --method cap"),
+        (["--method", "cap", "--update-mask"], "--update-mask has no effect with --method cap"),
+        (["--method", "cap", "--override", "*:rank=2"], "--override has no effect with"),
         (["--budget", "0.3"], "--budget has no effect but with --method cap or losparse"),
         (["--method", "best"], "method 'best' is unknown; it must be cap, losparse or induction"),
         (["--method", "induction+wanda", "--prune", "magnitude"], "both name a pruner"),
