@@ -1,13 +1,16 @@
 """The league: what each row weighs, its order, and the command."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 import slr
+from slr.chapters.plots import league_panels
 from slr.checkpoint.sizes import checkpoint_account
 from slr.cli import app
 from slr.evaluate import league
@@ -157,6 +160,17 @@ def test_the_figure_is_drawn_and_a_wrong_name_is_refused_before(small, tmp_path)
         )
         assert done.exit_code == 2
         assert why in " ".join(done.output.split())
+
+
+def test_every_name_is_in_the_figure_however_near_the_points_are():
+    rows = [Place(f"ours int{i}", 4 + i / 1e3, 1, 1.0, 20 + i / 1e3, None, 1.0) for i in range(18)]
+    rows += [Place("dense", 16, 1, 1.0, 19.0, None, 1.0), Place("plain", 3, 1, 1.0, 60, None, 1.0)]
+    axes = league_panels(rows).axes[0]
+    texts = [text for text in axes.texts if text.get_text()]
+    assert sorted(text.get_text() for text in texts) == sorted(row.name for row in rows)
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert all(axes.bbox.count_contains(box.corners()) == 4 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_a_row_may_be_allocated(small, tmp_path):

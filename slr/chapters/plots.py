@@ -262,24 +262,30 @@ def league_panels(found: Sequence[Place], most: float = 8.0) -> Figure:
 def _label(
     axes: Axes, names: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]
 ) -> None:
-    """Write names beside points, each at the first place inside where it covers nothing."""
+    """Write names beside points, each at the nearest place inside where it covers nothing.
+
+    From one that is not beside its point a thin line leads there.
+    """
     from matplotlib.transforms import Bbox
 
     middles = axes.transData.transform(points)
     taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in middles]
     for name, at in names.items():
-        for up in (0, 9, -9, 18, -18, 27, -27):
+        for up in sorted(range(-90, 91, 9), key=abs):
             for side, right in (("left", 6), ("right", -6)):
                 text = axes.annotate(
                     name, at, (right, up), textcoords="offset points", ha=side, va="center",
                     fontsize=7,
                 )  # fmt: skip
                 box = text.get_window_extent()
-                inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+                inside = axes.bbox.count_contains(box.corners()) == 4
                 if inside and not any(box.overlaps(other) for other in taken):
                     break
                 text.remove()
             else:
                 continue
             taken.append(box)
+            if abs(up) > 9:
+                line = {"arrowstyle": "-", "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
+                axes.annotate("", at, (right, up), textcoords="offset points", arrowprops=line)
             break

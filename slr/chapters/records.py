@@ -72,6 +72,9 @@ def runs(name: str) -> Iterator[tuple[str, dict]]:
 def how(record: dict) -> str:
     """Date and commands of a record, folded to the width of a page; they stay fit for a shell.
 
+    Args:
+        record: with ``date`` and ``commands``, as :func:`recorded` gives them.
+
     >>> command = "slr compress tiny --out small" + 10 * " --quiet"
     >>> print(how({"date": "2026-01-31", "commands": [command]}))
     2026-01-31
