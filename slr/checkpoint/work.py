@@ -29,7 +29,7 @@ from slr.methods.system import System
 from slr.model import data, distributed, hf
 from slr.model.arithmetic import compute_dtype
 from slr.model.block import LayerReport
-from slr.model.calibrate import IN_MEMORY
+from slr.model.calibrate import on_disk
 from slr.model.heldout import KINDS
 from slr.model.recipe import Recipe
 from slr.model.stream import Stream
@@ -180,9 +180,8 @@ def _on_the_way(
         return 0
     state = stream.config.hidden_size * compute_dtype(stream.dtype, stream.device).itemsize
     size = 0 if held is None else 2 * len(KINDS) * held.numel() * state
-    if windows is not None and windows.numel() * state > IN_MEMORY:
-        size += (1 + method.follows_dense) * windows.numel() * state
-    return size
+    inputs = 0 if windows is None else on_disk(windows.numel() * state)
+    return size + (1 + method.follows_dense) * inputs
 
 
 def _keyed(

@@ -29,7 +29,10 @@ from slr.model.heads import instead
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockInputs", "Reached", "decoder_blocks", "first_inputs", "observe", "rows_at_once"]
+__all__ = [
+    "BlockInputs", "Reached", "decoder_blocks", "first_inputs", "observe", "on_disk",
+    "rows_at_once",
+]  # fmt: skip
 
 CACHE = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
 IN_MEMORY = 1 << 30  # bytes of block inputs above which they are kept on disk
@@ -108,10 +111,19 @@ class Reached(Exception):  # noqa: N818
     """Raised to leave a forward pass once it has come to where something is looked at."""
 
 
+def on_disk(size: int) -> int:
+    """Bytes that block inputs of `size` bytes take on the disk, where there is a folder for them.
+
+    >>> on_disk(5_000_000), on_disk(5_000_000_000)
+    (0, 5000000000)
+    """
+    return size if size > IN_MEMORY else 0
+
+
 def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """An uninitialised tensor on the CPU; in a file without a name when it is large."""
     count = torch.Size(shape).numel()
-    if folder is None or count * dtype.itemsize <= IN_MEMORY:
+    if folder is None or not on_disk(count * dtype.itemsize):
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
